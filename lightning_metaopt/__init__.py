@@ -1,0 +1,20 @@
+"""Learned optimizers and meta-learning for PyTorch Lightning."""
+
+from lightning_metaopt import episode, metagrads, objectives, rules, tasks
+from lightning_metaopt.metagrads import Estimate, MetaGradient, Unrolled
+from lightning_metaopt.rule import Rule
+from lightning_metaopt.task import Task, TaskFamily
+
+__all__ = [
+    "Estimate",
+    "MetaGradient",
+    "Rule",
+    "Task",
+    "TaskFamily",
+    "Unrolled",
+    "episode",
+    "metagrads",
+    "objectives",
+    "rules",
+    "tasks",
+]

@@ -1,0 +1,202 @@
+"""Episodes and the only inner loop of the package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_metaopt.rule import Rule, State, under
+from lightning_metaopt.task import Task
+from lightning_metaopt.tree import Tree, cat, detach, select, tree_map
+
+__all__ = ["Episode", "Order", "start", "step", "unroll"]
+
+Order = Literal["none", "first", "second", "forward"]
+"""What the inner loop keeps for differentiation: nothing; the updates, with inner gradients held constant; everything,
+so that inner gradients are differentiated too; or no graph, but the tangents of forward mode."""
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A batch of inner problems in mid-flight. Immutable: a step returns a new one.
+
+    Attributes:
+        task: the problems.
+        params: current iterates, leaves ``(B, *shape)``.
+        buffers: the problems' own buffers (running statistics), leaves ``(B, ...)``.
+        state: the rule's state.
+        step: number of inner steps taken.
+        origin: the iterates at step 0.
+        history: whatever a meta-gradient needs from the past, as slots of trees.
+    """
+
+    task: Task
+    params: Tree
+    buffers: Tree
+    state: State
+    step: int = 0
+    origin: Tree = field(default_factory=dict)
+    history: State = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Number of problems ``B``."""
+        return self.task.size
+
+    def detach(self) -> Episode:
+        """The same episode, cut from the autograd graph: where truncated differentiation restarts."""
+        return replace(
+            self,
+            params=detach(self.params),
+            buffers=detach(self.buffers),
+            state={slot: detach(tree) for slot, tree in self.state.items()},
+        )
+
+    def select(self, part: slice) -> Episode:
+        """The problems ``part``."""
+        return replace(
+            self,
+            task=self.task.select(part),
+            params=select(self.params, part),
+            buffers=select(self.buffers, part),
+            state={slot: select(tree, part) for slot, tree in self.state.items()},
+            origin=select(self.origin, part),
+            history={slot: select(tree, part) for slot, tree in self.history.items()},
+        )
+
+    @staticmethod
+    def join(episodes: Sequence[Episode]) -> Episode:
+        """Episodes at the same step as one larger batch; the inverse of :meth:`select`."""
+        first = episodes[0]
+        if len(episodes) == 1:
+            return first
+        return replace(
+            first,
+            task=type(first.task).join([e.task for e in episodes]),
+            params=cat([e.params for e in episodes]),
+            buffers=cat([e.buffers for e in episodes]),
+            state={slot: cat([e.state[slot] for e in episodes]) for slot in first.state},
+            origin=cat([e.origin for e in episodes]),
+            history={slot: cat([e.history[slot] for e in episodes]) for slot in first.history},
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the task, in plain containers; a task is drawn again from its family and seed."""
+        return {
+            "params": detach(self.params),
+            "buffers": detach(self.buffers),
+            "state": {slot: detach(tree) for slot, tree in self.state.items()},
+            "step": self.step,
+            "origin": detach(self.origin),
+            "history": {slot: detach(tree) for slot, tree in self.history.items()},
+        }
+
+    @staticmethod
+    def from_state_dict(state: Mapping[str, Any], task: Task) -> Episode:
+        """Continue ``task`` where :meth:`state_dict` was taken."""
+        return Episode(task=task, **state)
+
+
+def start(rule: Rule, task: Task, generator: torch.Generator | None = None, phi: Mapping[str, Tensor] | None = None) -> Episode:
+    """Begin an episode: draw the starting point from the task and initialise the rule's state."""
+    params, buffers = task.init(generator or torch.Generator().manual_seed(0))
+    return Episode(task, params, buffers, under(rule, phi, lambda bound: bound.init(params)), origin=params)
+
+
+def _double_backward_attention(order: Order) -> AbstractContextManager[None]:
+    # The fused attention kernels have no second derivative; the plain one has.
+    return sdpa_kernel(SDPBackend.MATH) if order == "second" else nullcontext()
+
+
+def _full_precision(params: Tree) -> AbstractContextManager[None]:
+    # A rule computes in the precision of the parameters: bf16 matrix products would blur the meta-gradient.
+    device = next(iter(params.values())).device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _leaf(value: Tensor, order: Order) -> Tensor:
+    # What the inner gradient is taken with respect to.
+    if order == "second" and value.requires_grad:
+        return value
+    if order == "forward":  # detach() would drop the tangent
+        primal, tangent = forward_ad.unpack_dual(value)
+        primal = primal.detach().requires_grad_()
+        return primal if tangent is None else forward_ad.make_dual(primal, tangent)
+    return value.detach().requires_grad_()
+
+
+def step(rule: Rule, episode: Episode, order: Order = "none") -> tuple[Episode, Tensor]:
+    """One inner step: gradient of the task's loss, update of the rule, new iterates.
+
+    Returns:
+        The next episode, and the losses ``(B,)`` at the iterates **before** the step. With ``order="first"`` the
+        gradients are constants; the losses still have their exact derivative with respect to the iterates.
+    """
+    params = tree_map(lambda leaf: _leaf(leaf, order), episode.params)
+    buffers = tree_map(Tensor.clone, episode.buffers)
+    with torch.enable_grad():
+        loss = episode.task.loss(params, buffers, episode.task.batch(episode.step))
+        found = torch.autograd.grad(
+            loss.sum(), list(params.values()), create_graph=order == "second", allow_unused=True, materialize_grads=True
+        )
+    grads = dict(zip(params, found, strict=True))
+    params = params if order == "second" else episode.params
+    values = loss if order in ("second", "forward") else loss.detach()
+    if order == "first":
+        values = _attach_gradient(values, grads, params)
+    with torch.set_grad_enabled(order in ("first", "second")), _full_precision(params):
+        updates, state = rule(grads, episode.state, params, values)
+        params = tree_map(torch.add, params, updates)
+    return replace(episode, params=params, buffers=buffers, state=state, step=episode.step + 1), values
+
+
+def _attach_gradient(values: Tensor, grads: Tree, params: Tree) -> Tensor:
+    # The losses as a first-order function of the iterates: same value, and the gradient that is already known,
+    # without keeping the task's graph alive.
+    for name, leaf in params.items():
+        if leaf.requires_grad:
+            values = values + (grads[name] * (leaf - leaf.detach())).reshape(len(values), -1).sum(1)
+    return values
+
+
+def unroll(
+    rule: Rule, episode: Episode, steps: int, phi: Mapping[str, Tensor] | None = None, order: Order = "none"
+) -> tuple[Episode, Tensor]:
+    """Run ``steps`` inner steps: **the only inner loop in the package**.
+
+    Args:
+        rule: the update rule.
+        episode: where to start.
+        steps: number of steps ``T``, at least 0.
+        phi: meta-parameters by name to use instead of the rule's own (perturbed, adapted, dual).
+        order: what to keep for differentiation, see :data:`Order`.
+
+    Returns:
+        The episode after the steps, and the losses ``(T, B)`` before each step.
+
+    >>> import lightning_metaopt as lmo
+    >>> family = lmo.tasks.LeastSquares(dim=3, rows=5)
+    >>> rule = lmo.rules.GradientDescent(lr=0.01)
+    >>> end, losses = unroll(rule, start(rule, family.draw(seed=0, size=2)), steps=10)
+    >>> losses.shape, bool((losses[-1] < losses[0]).all())
+    (torch.Size([10, 2]), True)
+    """
+
+    def run(bound: Rule) -> tuple[Episode, Tensor]:
+        current, losses = episode, []
+        for _ in range(steps):
+            current, loss = step(bound, current, order)
+            losses.append(loss)
+        if not losses:
+            return current, next(iter(episode.params.values())).new_zeros(0, episode.size)
+        return current, torch.stack(losses)
+
+    with _double_backward_attention(order):
+        return under(rule, phi, run)

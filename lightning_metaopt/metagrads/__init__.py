@@ -1,0 +1,6 @@
+"""Ways of differentiating an unrolled episode; one estimator a file."""
+
+from lightning_metaopt.metagrads.base import Estimate, MetaGradient, surrogate_loss
+from lightning_metaopt.metagrads.unrolled import Unrolled
+
+__all__ = ["Estimate", "MetaGradient", "Unrolled", "surrogate_loss"]

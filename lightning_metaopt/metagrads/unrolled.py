@@ -1,0 +1,176 @@
+"""Reverse mode through the unrolled inner loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from lightning_metaopt.episode import Episode, Order, unroll
+from lightning_metaopt.metagrads.base import Estimate, MetaGradient
+from lightning_metaopt.objectives import Objective
+from lightning_metaopt.rule import Rule, State
+from lightning_metaopt.tree import Tree, tree_map
+
+__all__ = ["Unrolled"]
+
+
+@final
+class Unrolled(MetaGradient):
+    """Back-propagation through ``steps`` inner steps (DCO, Algorithm 1; truncated when the episode goes on after them).
+
+    Args:
+        steps: inner steps of one estimate, ``T``.
+        window: cut the graph every ``window`` steps; the meta-loss is then the mean over windows of each window's
+            objective, and iterates at the start of a window are constants. Default: one window of all steps.
+        first_order: hold inner gradients constant: no second derivatives, about half the time. The gradient that
+            flows from the update rule alone.
+        checkpoint: keep only every ``checkpoint``-th iterate and recompute the steps between them on the way back:
+            memory of about ``T / checkpoint + checkpoint`` steps for one more forward pass. The same gradient.
+        chunk: problems to differentiate at a time, each chunk with its own backward pass; ``"auto"`` asks the task,
+            which knows whether its problems run faster together.
+
+    Raises:
+        ValueError: for a window or checkpoint interval that does not divide what it splits.
+
+    >>> import lightning_metaopt as lmo
+    >>> family, rule = lmo.tasks.LeastSquares(dim=3, rows=5), lmo.rules.GradientDescent(lr=0.01)
+    >>> episode = lmo.episode.start(rule, family.draw(seed=0, size=4))
+    >>> estimate = Unrolled(steps=5)(rule, episode, lmo.objectives.FinalLoss())
+    >>> bool(estimate.grads["log_lr"] < 0), estimate.episode.step  # a larger step would have been better
+    (True, 5)
+    """
+
+    def __init__(
+        self,
+        steps: int = 1,
+        window: int | None = None,
+        first_order: bool = False,
+        checkpoint: int | None = None,
+        chunk: int | str | None = "auto",
+    ) -> None:
+        window = window or steps
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        if steps % window:
+            raise ValueError(f"window must divide steps: {steps} steps do not split into windows of {window}")
+        if checkpoint is not None and (checkpoint < 1 or window % checkpoint):
+            raise ValueError(f"checkpoint must divide the window: {window} steps do not split into segments of {checkpoint}")
+        if not (chunk is None or chunk == "auto" or (isinstance(chunk, int) and chunk >= 1)):
+            raise ValueError(f'chunk must be a positive number, None or "auto", got {chunk!r}')
+        self.steps = steps
+        self.window = window
+        self.first_order = first_order
+        self.checkpoint = checkpoint
+        self.chunk = chunk
+
+    @property
+    def exact_of(self) -> str:
+        what = "the objective" if self.window == self.steps else f"the mean objective of windows of {self.window} steps"
+        return f"{what} over {self.steps} steps" + (" with inner gradients held constant" if self.first_order else "")
+
+    @property
+    def inner_steps(self) -> int:
+        return self.steps
+
+    @property
+    def gradient_evaluations(self) -> int:
+        forward = self.steps * (2 if self.checkpoint else 1)
+        return forward + 1 + (0 if self.first_order else 2 * self.steps)
+
+    def __call__(self, rule: Rule, episode: Episode, objective: Objective) -> Estimate:
+        preferred = episode.task.preferred_chunk if self.chunk == "auto" else self.chunk
+        chunk = min(preferred, episode.size) if isinstance(preferred, int) else episode.size
+        loss: Tensor | float = 0.0
+        grads = tree_map(torch.zeros_like, dict(rule.named_parameters()))
+        ends = []
+        for begin in range(0, episode.size, chunk):
+            part = episode if chunk == episode.size else episode.select(slice(begin, begin + chunk))
+            weight = part.size / episode.size
+            value, found, end = self._chunk(rule, part.detach(), objective)
+            loss = loss + weight * value
+            grads = {name: grad.add(found[name], alpha=weight) for name, grad in grads.items()}
+            ends.append(end)
+        assert isinstance(loss, Tensor)
+        return Estimate(loss, grads, Episode.join(ends), {"chunk": float(chunk)})
+
+    def _chunk(self, rule: Rule, episode: Episode, objective: Objective) -> tuple[Tensor, Tree, Episode]:
+        windows = self.steps // self.window
+        total: Tensor | float = 0.0
+        grads: Tree = {}
+        for _ in range(windows):
+            differentiate = self._plain if self.checkpoint is None else self._checkpointed
+            value, found, episode = differentiate(rule, episode, objective)
+            total = total + value / windows
+            grads = {name: grad / windows + grads.get(name, 0) for name, grad in found.items()}
+        assert isinstance(total, Tensor)
+        return total, grads, episode
+
+    @property
+    def _order(self) -> Order:
+        return "first" if self.first_order else "second"
+
+    def _plain(self, rule: Rule, episode: Episode, objective: Objective) -> tuple[Tensor, Tree, Episode]:
+        end, losses = unroll(rule, episode, self.window, order=self._order)
+        with torch.enable_grad():
+            value = objective(rule, episode, end, losses).mean()
+        return value.detach(), _gradient(value, rule), end.detach()
+
+    def _checkpointed(self, rule: Rule, episode: Episode, objective: Objective) -> tuple[Tensor, Tree, Episode]:
+        # Forward without a graph, keeping the start of every segment.
+        segment = self.checkpoint or self.window
+        starts, losses = [], []
+        current = episode
+        for _ in range(self.window // segment):
+            starts.append(current)
+            current, segment_losses = unroll(rule, current, segment)
+            losses.append(segment_losses)
+        # The objective's derivative with respect to what the last segment leaves behind and to the losses on the way.
+        end = _as_leaves(current)
+        values = torch.cat(losses).requires_grad_()
+        with torch.enable_grad():
+            value = objective(rule, episode, end, values).mean()
+        grads = _gradient(value, rule, retain_graph=True)
+        adjoint = _pull(value, [*_floating(end), values])
+        loss_adjoint = adjoint.pop().split(segment)
+        # Backward: recompute a segment with its graph, then push the adjoint through it.
+        for index in reversed(range(len(starts))):
+            begin = _as_leaves(starts[index])
+            after, segment_losses = unroll(rule, begin, segment, order=self._order)
+            outputs = [*_floating(after), segment_losses]
+            inner = sum((out * vector).sum() for out, vector in zip(outputs, [*adjoint, loss_adjoint[index]], strict=True))
+            assert isinstance(inner, Tensor)
+            found = _gradient(inner, rule, retain_graph=True)
+            grads = {name: grad + found[name] for name, grad in grads.items()}
+            adjoint = _pull(inner, _floating(begin))
+        return value.detach(), grads, current.detach()
+
+
+def _gradient(value: Tensor, rule: Rule, retain_graph: bool = False) -> Tree:
+    names, parameters = zip(*rule.named_parameters(), strict=True)
+    if not value.requires_grad:  # nothing that the rule did reached the objective
+        return {name: torch.zeros_like(parameter) for name, parameter in rule.named_parameters()}
+    found = torch.autograd.grad(value, parameters, retain_graph=retain_graph, allow_unused=True, materialize_grads=True)
+    return dict(zip(names, found, strict=True))
+
+
+def _pull(value: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    if not value.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in inputs]
+    return list(torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True))
+
+
+def _as_leaves(episode: Episode) -> Episode:
+    def leaf(value: Tensor) -> Tensor:
+        return value.detach().requires_grad_() if value.is_floating_point() else value
+
+    state: State = {slot: tree_map(leaf, tree) for slot, tree in episode.state.items()}
+    return replace(episode, params=tree_map(leaf, episode.params), state=state)
+
+
+def _floating(episode: Episode) -> list[Tensor]:
+    everything = [*episode.params.values(), *(leaf for tree in episode.state.values() for leaf in tree.values())]
+    return [leaf for leaf in everything if leaf.is_floating_point()]

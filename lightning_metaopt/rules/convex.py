@@ -1,0 +1,197 @@
+"""Differentiable convex optimization as an update rule: the quadratic programs of DCO in closed form.
+
+Gautam, Pfrommer, Sojoudi: *Differentiable Convex Optimization for Meta-Learning*, section IV.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from lightning_metaopt.rule import Rule, State, per_parameter
+from lightning_metaopt.tree import Layout, Tree, escape, expand_to, norm, tree_map
+
+__all__ = ["DCOGeneralDescent", "DCOGradient", "DCOMomentum"]
+
+Shapes = Mapping[str, Sequence[int]]
+
+SMALLEST_SCALE = 1e-6  # |Lambda| is kept above this: the program is unbounded below at Lambda = 0
+
+
+def unit_gradients(grads: Tree) -> Tree:
+    """Each problem's gradient divided by its Euclidean norm over all parameters (DCO, section VI-A); zero stays zero."""
+    length = norm(grads)
+    inverse = torch.where(length > 0, 1 / torch.where(length > 0, length, torch.ones_like(length)), torch.zeros_like(length))
+    return tree_map(lambda grad: grad * expand_to(inverse, grad), grads)
+
+
+def keep_away_from_zero_(values: nn.ParameterDict) -> None:
+    """Clamp the absolute values from below, keeping signs."""
+    with torch.no_grad():
+        for value in values.values():
+            value.copy_(torch.where(value < 0, value.clamp(max=-SMALLEST_SCALE), value.clamp(min=SMALLEST_SCALE)))
+
+
+def _sizes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+@final
+class DCOGradient(Rule):
+    """DCO Gradient: a learned step size for every weight (Eq. 13),
+
+    .. math:: \\theta_{t+1} = \\arg\\min_\\theta\\; G_t^\\top\\theta + \\tfrac12\\|\\Lambda\\odot(\\theta-\\theta_t)\\|_2^2
+              = \\theta_t - G_t/\\Lambda^2 .
+
+    :math:`\\Lambda` acts through its square only, and a constant :math:`\\Lambda = c` is gradient descent with step size
+    :math:`1/c^2` (the text after the paper's Eq. 2 calls its :math:`\\lambda` the step size; it is the inverse).
+
+    Args:
+        shapes: names and shapes of the parameters; :math:`\\Lambda` has as many entries.
+        scale: initial :math:`\\Lambda`, in units of (gradient / parameter)^(1/2).
+        normalize: divide each problem's gradient by its norm first, as in the paper's experiments (section VI-A). A step
+            then has length :math:`1/\\Lambda^2` wherever it is taken, so that iterates do not converge; without it,
+            ``scale`` has to suit the curvature.
+
+    >>> rule = DCOGradient({"w": (2,)}, scale=2.0)
+    >>> rule({"w": torch.tensor([[4.0, -8.0]])}, {}, {"w": torch.zeros(1, 2)})[0]["w"].tolist()
+    [[-1.0, 2.0]]
+    """
+
+    def __init__(self, shapes: Shapes, scale: float = 1.0, normalize: bool = False) -> None:
+        super().__init__()
+        self.scale = per_parameter(shapes, scale)
+        self.normalize = normalize
+        self._shapes = _sizes(shapes)
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {"shapes": self._shapes, "normalize": self.normalize}
+
+    def forward(self, grads: Tree, state: State, params: Tree, loss: Tensor | None = None) -> tuple[Tree, State]:
+        grads = unit_gradients(grads) if self.normalize else grads
+        return {name: -grad / self.scale[escape(name)].square() for name, grad in grads.items()}, state
+
+    def project_(self) -> None:
+        keep_away_from_zero_(self.scale)
+
+    def describe(self) -> dict[str, float]:
+        return _describe_steps(self.scale)
+
+
+@final
+class DCOMomentum(Rule):
+    """DCO Momentum: learned step sizes and averaging for every weight (Eqs. 15 and 16),
+
+    .. math:: S_{t+1} = M\\odot G_t + (1-M)\\odot S_t, \\qquad \\theta_{t+1} = \\theta_t - S_{t+1}/\\Lambda^2 .
+
+    :math:`M` weighs the newest gradient: it is :math:`1-\\beta` of the usual momentum (Eq. 3).
+
+    Args:
+        shapes: names and shapes of the parameters.
+        scale: initial :math:`\\Lambda`.
+        averaging: initial :math:`M`, between 0 and 1.
+        first: the state before the first step: ``"gradient"`` for :math:`S_1 = G_1` (section II-A.2) or ``"zero"``.
+            With ``"gradient"``, one-step unrolls that start afresh give :math:`M` a gradient of exactly 0.
+        normalize: see :class:`DCOGradient`.
+    """
+
+    def __init__(
+        self,
+        shapes: Shapes,
+        scale: float = 1.0,
+        averaging: float = 0.1,
+        first: Literal["gradient", "zero"] = "gradient",
+        normalize: bool = False,
+    ) -> None:
+        super().__init__()
+        if first not in ("gradient", "zero"):
+            raise ValueError(f"first must be 'gradient' or 'zero', got {first!r}")
+        self.scale = per_parameter(shapes, scale)
+        self.averaging = per_parameter(shapes, averaging)
+        self.first = first
+        self.normalize = normalize
+        self._shapes = _sizes(shapes)
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {"shapes": self._shapes, "first": self.first, "normalize": self.normalize}
+
+    def init(self, params: Tree) -> State:
+        fresh = tree_map(lambda leaf: leaf.new_full((leaf.shape[0],), float(self.first == "gradient")), params)
+        return {"average": tree_map(torch.zeros_like, params), "fresh": fresh}
+
+    def forward(self, grads: Tree, state: State, params: Tree, loss: Tensor | None = None) -> tuple[Tree, State]:
+        grads = unit_gradients(grads) if self.normalize else grads
+        average, updates = {}, {}
+        for name, grad in grads.items():
+            fresh = expand_to(state["fresh"][name], grad)
+            before = torch.where(fresh > 0, grad, state["average"][name])
+            average[name] = torch.lerp(before, grad, self.averaging[escape(name)].expand_as(grad))
+            updates[name] = -average[name] / self.scale[escape(name)].square()
+        return updates, {"average": average, "fresh": tree_map(torch.zeros_like, state["fresh"])}
+
+    def project_(self) -> None:
+        keep_away_from_zero_(self.scale)
+
+    def describe(self) -> dict[str, float]:
+        averaging = torch.cat([value.detach().flatten() for value in self.averaging.values()])
+        return {**_describe_steps(self.scale), "averaging": float(averaging.mean())}
+
+
+@final
+class DCOGeneralDescent(Rule):
+    """DCO General Descent: a learned linear map of the whole gradient (Eq. 14),
+
+    .. math:: \\theta_{t+1} = \\arg\\min_\\theta\\; (B G_t)^\\top\\theta + \\tfrac12\\|\\theta-\\theta_t\\|_2^2
+              = \\theta_t - B G_t , \\qquad B \\in \\mathbb R^{n\\times n}.
+
+    :math:`B` has :math:`n^2` entries (10,000 for 100 coordinates) and couples all parameters. On least squares with a
+    fixed design :math:`X`, :math:`B^* = \\tfrac12 (X^\\top X)^{-1}` solves every problem in one step (Theorem 1).
+
+    Args:
+        shapes: names and shapes of the parameters; fixes the order of the ``n`` coordinates.
+        matrix_scale: initial :math:`B` as a multiple of the identity.
+        normalize: see :class:`DCOGradient`.
+    """
+
+    joint = True
+
+    def __init__(self, shapes: Shapes, matrix_scale: float = 1.0, normalize: bool = False) -> None:
+        super().__init__()
+        self.layout = Layout.of(shapes)
+        self.matrix = nn.Parameter(matrix_scale * torch.eye(self.layout.size))
+        self.normalize = normalize
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return dict(self.layout.shapes)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {"shapes": dict(self.layout.shapes), "normalize": self.normalize}
+
+    def forward(self, grads: Tree, state: State, params: Tree, loss: Tensor | None = None) -> tuple[Tree, State]:
+        grads = unit_gradients(grads) if self.normalize else grads
+        return self.layout.unflatten(-self.layout.flatten(grads) @ self.matrix.mT), state
+
+    def describe(self) -> dict[str, float]:
+        matrix = self.matrix.detach()
+        return {"matrix_diagonal": float(matrix.diagonal().mean()), "matrix_norm": float(torch.linalg.matrix_norm(matrix, 2))}
+
+
+def _describe_steps(scale: nn.ParameterDict) -> dict[str, float]:
+    steps = torch.cat([value.detach().flatten() for value in scale.values()]).square().reciprocal()
+    low, middle, high = torch.quantile(steps[: 2**24], steps.new_tensor([0.05, 0.5, 0.95])).tolist()
+    return {"step_size": middle, "step_size_5%": low, "step_size_95%": high}
