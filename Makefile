@@ -1,0 +1,46 @@
+# Two commands do everything on a fresh machine with Python 3.11+, git and make:
+#   make quickstart   meta-train an optimizer on real digits and compare it with tuned ordinary ones
+#   make test         tests, doctests, lint, types
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+export HF_HUB_OFFLINE ?= 1
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: quickstart test lint types recipes benchmarks clean
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11))' || \
+		(echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 ..." && false)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[dev]"
+	@touch $(READY)
+
+quickstart: $(READY)
+	$(BIN)/lightning-metaopt run recipes/quickstart/digits.yaml --output outputs/quickstart --overwrite
+
+test: $(READY) lint types
+	$(BIN)/python -m pytest -n 2
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+# Everything that the tables in recipes/*/README.md report (about an hour on two cores).
+recipes: $(READY)
+	for recipe in recipes/*/*.yaml; do \
+		$(BIN)/lightning-metaopt run $$recipe --output outputs/$$(basename $$recipe .yaml) --overwrite || exit 1; \
+	done
+
+benchmarks: $(READY)
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) outputs build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
