@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,9 @@ class Rule(nn.Module, ABC):
     override :meth:`forward_`, :meth:`project_` and :meth:`describe`.
     """
 
-    joint: ClassVar[bool] = False
-    """True if the update of one parameter needs the gradients of all others, recorded in :attr:`shapes` (a full
-    matrix). An optimizer then fills in zeros for missing gradients instead of leaving the parameter out."""
+    joint: bool = False
+    """True (of a class, or of one rule) if the update of one parameter needs the gradients of all others, recorded in
+    :attr:`shapes` (a full matrix). An optimizer then fills in zeros for missing gradients instead of leaving the parameter out."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]] | None:
@@ -88,7 +88,8 @@ class Rule(nn.Module, ABC):
 
     def describe(self) -> dict[str, float]:
         """What the rule has learned, in the field's units (step sizes, momentum), for logs. By default the mean of
-        every meta-parameter."""
+        every meta-parameter.
+        """
         return {unescape(name): float(value.detach().float().mean()) for name, value in self.named_parameters()}
 
 

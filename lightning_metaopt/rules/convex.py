@@ -1,4 +1,5 @@
-"""Differentiable convex optimization as an update rule: the quadratic programs of DCO in closed form.
+"""Differentiable convex optimization as an update rule: the quadratic programs of DCO in closed form, also with the
+constraints that have an exact solution.
 
 Gautam, Pfrommer, Sojoudi: *Differentiable Convex Optimization for Meta-Learning*, section IV.
 """
@@ -12,11 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_metaopt.rule import Rule, State, per_parameter
+from lightning_metaopt.rules.constraints import Constraint, resolve_constraint
 from lightning_metaopt.tree import Layout, Tree, escape, expand_to, norm, tree_map
 
 __all__ = ["DCOGeneralDescent", "DCOGradient", "DCOMomentum"]
 
 Shapes = Mapping[str, Sequence[int]]
+Constraining = Constraint | Mapping[str, Any] | None
+"""A constraint, its JSON form, or none."""
 
 SMALLEST_SCALE = 1e-6  # |Lambda| is kept above this: the program is unbounded below at Lambda = 0
 
@@ -35,13 +39,32 @@ def keep_away_from_zero_(values: nn.ParameterDict) -> None:
             value.copy_(torch.where(value < 0, value.clamp(max=-SMALLEST_SCALE), value.clamp(min=SMALLEST_SCALE)))
 
 
-def _sizes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(shape) for name, shape in shapes.items()}
+def constrained_updates(
+    steps: Tree, weights: Mapping[str, Tensor] | None, params: Tree, constraint: Constraint | None, layout: Layout
+) -> Tree:
+    """The updates :math:`\\theta_{t+1}-\\theta_t` of a program with a diagonal metric.
+
+    Args:
+        steps: the unconstrained updates :math:`-G/w`, leaves ``(B, *shape)``.
+        weights: the metric :math:`w`, leaves ``(*shape)``; ``None`` for ones.
+        params: current iterates, leaves ``(B, *shape)``.
+        constraint: on the next iterate; ``None`` returns ``steps``.
+        layout: order of the coordinates.
+    """
+    if constraint is None:
+        return steps
+    center, step = layout.flatten(params), layout.flatten(steps)
+    weight = step.new_ones(layout.size) if weights is None else torch.cat([weights[name].flatten() for name, _ in layout.shapes])
+    return layout.unflatten(constraint.project(center + step, weight, center) - center)
+
+
+def _spec(constraint: Constraint | None) -> dict[str, Any] | None:
+    return None if constraint is None else constraint.spec
 
 
 @final
 class DCOGradient(Rule):
-    """DCO Gradient: a learned step size for every weight (Eq. 13),
+    """DCO Gradient: a learned step size for every weight (Eq. 13).
 
     .. math:: \\theta_{t+1} = \\arg\\min_\\theta\\; G_t^\\top\\theta + \\tfrac12\\|\\Lambda\\odot(\\theta-\\theta_t)\\|_2^2
               = \\theta_t - G_t/\\Lambda^2 .
@@ -55,29 +78,38 @@ class DCOGradient(Rule):
         normalize: divide each problem's gradient by its norm first, as in the paper's experiments (section VI-A). A step
             then has length :math:`1/\\Lambda^2` wherever it is taken, so that iterates do not converge; without it,
             ``scale`` has to suit the curvature.
+        constraint: a convex set for :math:`\\theta_{t+1}` (see :mod:`lightning_metaopt.rules.constraints`), as an object or
+            in its JSON form; the same program solved over that set, exactly.
 
     >>> rule = DCOGradient({"w": (2,)}, scale=2.0)
     >>> rule({"w": torch.tensor([[4.0, -8.0]])}, {}, {"w": torch.zeros(1, 2)})[0]["w"].tolist()
     [[-1.0, 2.0]]
+    >>> rule = DCOGradient({"w": (2,)}, constraint={"class": "Simplex", "init": {"total": 1.0}})
+    >>> rule({"w": torch.tensor([[4.0, -8.0]])}, {}, {"w": torch.full((1, 2), 0.5)})[0]["w"].tolist()
+    [[-0.5, 0.5]]
     """
 
-    def __init__(self, shapes: Shapes, scale: float = 1.0, normalize: bool = False) -> None:
+    def __init__(self, shapes: Shapes, scale: float = 1.0, *, normalize: bool = False, constraint: Constraining = None) -> None:
         super().__init__()
         self.scale = per_parameter(shapes, scale)
         self.normalize = normalize
-        self._shapes = _sizes(shapes)
+        self.constraint = resolve_constraint(constraint)
+        self.joint = self.constraint is not None and self.constraint.coupled
+        self.layout = Layout.of(shapes)
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self._shapes
+        return dict(self.layout.shapes)
 
     @property
     def config(self) -> dict[str, Any]:
-        return {"shapes": self._shapes, "normalize": self.normalize}
+        return {"shapes": dict(self.layout.shapes), "normalize": self.normalize, "constraint": _spec(self.constraint)}
 
     def forward(self, grads: Tree, state: State, params: Tree, loss: Tensor | None = None) -> tuple[Tree, State]:
         grads = unit_gradients(grads) if self.normalize else grads
-        return {name: -grad / self.scale[escape(name)].square() for name, grad in grads.items()}, state
+        metric = {name: self.scale[escape(name)].square() for name in grads}
+        steps = {name: -grad / metric[name] for name, grad in grads.items()}
+        return constrained_updates(steps, metric, params, self.constraint, self.layout), state
 
     def project_(self) -> None:
         keep_away_from_zero_(self.scale)
@@ -88,7 +120,7 @@ class DCOGradient(Rule):
 
 @final
 class DCOMomentum(Rule):
-    """DCO Momentum: learned step sizes and averaging for every weight (Eqs. 15 and 16),
+    """DCO Momentum: learned step sizes and averaging for every weight (Eqs. 15 and 16).
 
     .. math:: S_{t+1} = M\\odot G_t + (1-M)\\odot S_t, \\qquad \\theta_{t+1} = \\theta_t - S_{t+1}/\\Lambda^2 .
 
@@ -101,6 +133,7 @@ class DCOMomentum(Rule):
         first: the state before the first step: ``"gradient"`` for :math:`S_1 = G_1` (section II-A.2) or ``"zero"``.
             With ``"gradient"``, one-step unrolls that start afresh give :math:`M` a gradient of exactly 0.
         normalize: see :class:`DCOGradient`.
+        constraint: see :class:`DCOGradient`.
     """
 
     def __init__(
@@ -108,8 +141,10 @@ class DCOMomentum(Rule):
         shapes: Shapes,
         scale: float = 1.0,
         averaging: float = 0.1,
+        *,
         first: Literal["gradient", "zero"] = "gradient",
         normalize: bool = False,
+        constraint: Constraining = None,
     ) -> None:
         super().__init__()
         if first not in ("gradient", "zero"):
@@ -118,15 +153,22 @@ class DCOMomentum(Rule):
         self.averaging = per_parameter(shapes, averaging)
         self.first = first
         self.normalize = normalize
-        self._shapes = _sizes(shapes)
+        self.constraint = resolve_constraint(constraint)
+        self.joint = self.constraint is not None and self.constraint.coupled
+        self.layout = Layout.of(shapes)
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self._shapes
+        return dict(self.layout.shapes)
 
     @property
     def config(self) -> dict[str, Any]:
-        return {"shapes": self._shapes, "first": self.first, "normalize": self.normalize}
+        return {
+            "shapes": dict(self.layout.shapes),
+            "first": self.first,
+            "normalize": self.normalize,
+            "constraint": _spec(self.constraint),
+        }
 
     def init(self, params: Tree) -> State:
         fresh = tree_map(lambda leaf: leaf.new_full((leaf.shape[0],), float(self.first == "gradient")), params)
@@ -134,12 +176,14 @@ class DCOMomentum(Rule):
 
     def forward(self, grads: Tree, state: State, params: Tree, loss: Tensor | None = None) -> tuple[Tree, State]:
         grads = unit_gradients(grads) if self.normalize else grads
-        average, updates = {}, {}
+        average, metric, steps = {}, {}, {}
         for name, grad in grads.items():
             fresh = expand_to(state["fresh"][name], grad)
             before = torch.where(fresh > 0, grad, state["average"][name])
             average[name] = torch.lerp(before, grad, self.averaging[escape(name)].expand_as(grad))
-            updates[name] = -average[name] / self.scale[escape(name)].square()
+            metric[name] = self.scale[escape(name)].square()
+            steps[name] = -average[name] / metric[name]
+        updates = constrained_updates(steps, metric, params, self.constraint, self.layout)
         return updates, {"average": average, "fresh": tree_map(torch.zeros_like, state["fresh"])}
 
     def project_(self) -> None:
@@ -152,7 +196,7 @@ class DCOMomentum(Rule):
 
 @final
 class DCOGeneralDescent(Rule):
-    """DCO General Descent: a learned linear map of the whole gradient (Eq. 14),
+    """DCO General Descent: a learned linear map of the whole gradient (Eq. 14).
 
     .. math:: \\theta_{t+1} = \\arg\\min_\\theta\\; (B G_t)^\\top\\theta + \\tfrac12\\|\\theta-\\theta_t\\|_2^2
               = \\theta_t - B G_t , \\qquad B \\in \\mathbb R^{n\\times n}.
@@ -164,15 +208,19 @@ class DCOGeneralDescent(Rule):
         shapes: names and shapes of the parameters; fixes the order of the ``n`` coordinates.
         matrix_scale: initial :math:`B` as a multiple of the identity.
         normalize: see :class:`DCOGradient`.
+        constraint: see :class:`DCOGradient`; the metric is the identity here.
     """
 
     joint = True
 
-    def __init__(self, shapes: Shapes, matrix_scale: float = 1.0, normalize: bool = False) -> None:
+    def __init__(
+        self, shapes: Shapes, matrix_scale: float = 1.0, *, normalize: bool = False, constraint: Constraining = None
+    ) -> None:
         super().__init__()
         self.layout = Layout.of(shapes)
         self.matrix = nn.Parameter(matrix_scale * torch.eye(self.layout.size))
         self.normalize = normalize
+        self.constraint = resolve_constraint(constraint)
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -180,11 +228,12 @@ class DCOGeneralDescent(Rule):
 
     @property
     def config(self) -> dict[str, Any]:
-        return {"shapes": dict(self.layout.shapes), "normalize": self.normalize}
+        return {"shapes": dict(self.layout.shapes), "normalize": self.normalize, "constraint": _spec(self.constraint)}
 
     def forward(self, grads: Tree, state: State, params: Tree, loss: Tensor | None = None) -> tuple[Tree, State]:
         grads = unit_gradients(grads) if self.normalize else grads
-        return self.layout.unflatten(-self.layout.flatten(grads) @ self.matrix.mT), state
+        steps = self.layout.unflatten(-self.layout.flatten(grads) @ self.matrix.mT)
+        return constrained_updates(steps, None, params, self.constraint, self.layout), state
 
     def describe(self) -> dict[str, float]:
         matrix = self.matrix.detach()
