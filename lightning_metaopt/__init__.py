@@ -1,12 +1,13 @@
 """Learned optimizers and meta-learning for PyTorch Lightning."""
 
 from lightning_metaopt import episode, metagrads, objectives, rules, tasks
-from lightning_metaopt.metagrads import Estimate, MetaGradient, Unrolled
+from lightning_metaopt.metagrads import Estimate, ForwardMode, MetaGradient, Unrolled
 from lightning_metaopt.rule import Rule
 from lightning_metaopt.task import Task, TaskFamily
 
 __all__ = [
     "Estimate",
+    "ForwardMode",
     "MetaGradient",
     "Rule",
     "Task",

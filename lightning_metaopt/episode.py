@@ -16,7 +16,7 @@ from lightning_metaopt.rule import Rule, State, under
 from lightning_metaopt.task import Task
 from lightning_metaopt.tree import Tree, cat, detach, select, tree_map
 
-__all__ = ["Episode", "Order", "start", "step", "unroll"]
+__all__ = ["Episode", "Order", "differentiable_attention", "start", "step", "unroll"]
 
 Order = Literal["none", "first", "second", "forward"]
 """What the inner loop keeps for differentiation: nothing; the updates, with inner gradients held constant; everything,
@@ -73,8 +73,14 @@ class Episode:
 
     @staticmethod
     def join(episodes: Sequence[Episode]) -> Episode:
-        """Episodes at the same step as one larger batch; the inverse of :meth:`select`."""
+        """Episodes at the same step as one larger batch; the inverse of :meth:`select`.
+
+        Raises:
+            ValueError: if the episodes are not at the same step.
+        """
         first = episodes[0]
+        if any(e.step != first.step for e in episodes):
+            raise ValueError(f"only episodes at the same step can be joined, got steps {sorted({e.step for e in episodes})}")
         if len(episodes) == 1:
             return first
         return replace(
@@ -100,7 +106,17 @@ class Episode:
 
     @staticmethod
     def from_state_dict(state: Mapping[str, Any], task: Task) -> Episode:
-        """Continue ``task`` where :meth:`state_dict` was taken."""
+        """Continue ``task`` where :meth:`state_dict` was taken.
+
+        Raises:
+            ValueError: if the state was taken from another number of problems than ``task`` has.
+        """
+        for name, leaf in state["params"].items():
+            if len(leaf) != task.size:
+                raise ValueError(
+                    f"the saved episode has {len(leaf)} problems (parameter {name!r}), the task has {task.size}; draw the task "
+                    "with the seed and size that it was saved with"
+                )
         return Episode(task=task, **state)
 
 
@@ -110,9 +126,9 @@ def start(rule: Rule, task: Task, generator: torch.Generator | None = None, phi:
     return Episode(task, params, buffers, under(rule, phi, lambda bound: bound.init(params)), origin=params)
 
 
-def _double_backward_attention(order: Order) -> AbstractContextManager[None]:
-    # The fused attention kernels have no second derivative; the plain one has.
-    return sdpa_kernel(SDPBackend.MATH) if order == "second" else nullcontext()
+def differentiable_attention(order: Order) -> AbstractContextManager[None]:
+    """Where attention has to be computed by the plain kernel: the fused ones have neither second nor forward derivatives."""
+    return sdpa_kernel(SDPBackend.MATH) if order in ("second", "forward") else nullcontext()
 
 
 def _full_precision(params: Tree) -> AbstractContextManager[None]:
@@ -126,10 +142,21 @@ def _leaf(value: Tensor, order: Order) -> Tensor:
     if order == "second" and value.requires_grad:
         return value
     if order == "forward":  # detach() would drop the tangent
-        primal, tangent = forward_ad.unpack_dual(value)
-        primal = primal.detach().requires_grad_()
-        return primal if tangent is None else forward_ad.make_dual(primal, tangent)
+        return _dual(value).requires_grad_()
     return value.detach().requires_grad_()
+
+
+def _dual(value: Tensor) -> Tensor:
+    # Cut from the graph of reverse mode, with the tangent of forward mode.
+    tangent = forward_ad.unpack_dual(value).tangent
+    return value.detach() if tangent is None else forward_ad.make_dual(value.detach(), tangent.detach())
+
+
+def _outcome(loss: Tensor, order: Order) -> Tensor:
+    # The losses with what is to be kept of their derivative.
+    if order == "forward":
+        return _dual(loss)
+    return loss if order == "second" else loss.detach()
 
 
 def step(rule: Rule, episode: Episode, order: Order = "none") -> tuple[Episode, Tensor]:
@@ -137,10 +164,11 @@ def step(rule: Rule, episode: Episode, order: Order = "none") -> tuple[Episode, 
 
     Returns:
         The next episode, and the losses ``(B,)`` at the iterates **before** the step. With ``order="first"`` the
-        gradients are constants; the losses still have their exact derivative with respect to the iterates.
+        gradients are constants; the losses still have their exact derivative with respect to the iterates. Buffers are
+        constants in every order.
     """
     params = tree_map(lambda leaf: _leaf(leaf, order), episode.params)
-    buffers = tree_map(Tensor.clone, episode.buffers)
+    buffers = tree_map(lambda leaf: leaf.detach().clone(), episode.buffers)
     with torch.enable_grad():
         loss = episode.task.loss(params, buffers, episode.task.batch(episode.step))
         found = torch.autograd.grad(
@@ -148,13 +176,13 @@ def step(rule: Rule, episode: Episode, order: Order = "none") -> tuple[Episode, 
         )
     grads = dict(zip(params, found, strict=True))
     params = params if order == "second" else episode.params
-    values = loss if order in ("second", "forward") else loss.detach()
+    values = _outcome(loss, order)
     if order == "first":
         values = _attach_gradient(values, grads, params)
     with torch.set_grad_enabled(order in ("first", "second")), _full_precision(params):
         updates, state = rule(grads, episode.state, params, values)
         params = tree_map(torch.add, params, updates)
-    return replace(episode, params=params, buffers=buffers, state=state, step=episode.step + 1), values
+    return replace(episode, params=params, buffers=detach(buffers), state=state, step=episode.step + 1), values
 
 
 def _attach_gradient(values: Tensor, grads: Tree, params: Tree) -> Tensor:
@@ -198,5 +226,5 @@ def unroll(
             return current, next(iter(episode.params.values())).new_zeros(0, episode.size)
         return current, torch.stack(losses)
 
-    with _double_backward_attention(order):
+    with differentiable_attention(order):
         return under(rule, phi, run)

@@ -88,7 +88,8 @@ class Task(ABC):
 
 class TaskFamily(ABC):
     """A distribution over problems (DCO, section III: :math:`\\mathcal D`). Options are constructor arguments, so that
-    recipes can name them."""
+    recipes can name them.
+    """
 
     @abstractmethod
     def sample(self, generator: torch.Generator, size: int) -> Task:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "Layout",
@@ -22,6 +22,7 @@ __all__ = [
     "expand_to",
     "leaves",
     "norm",
+    "safe_sqrt",
     "select",
     "shapes_of",
     "tree_map",
@@ -74,29 +75,38 @@ def expand_to(per_problem: Tensor, leaf: Tensor) -> Tensor:
 
 
 def norm(tree: Mapping[str, Tensor]) -> Tensor:
-    """Euclidean norm of each problem's whole vector, shape ``(B,)``.
+    """Euclidean norm of each problem's whole vector, shape ``(B,)``; its derivative at the zero vector is 0.
 
     >>> norm({"w": torch.tensor([[3.0, 0.0]]), "b": torch.tensor([[4.0]])})
     tensor([5.])
     """
     squares = [leaf.flatten(1).square().sum(1) if leaf.dim() > 1 else leaf.square() for leaf in tree.values()]
-    return torch.stack(squares).sum(0).sqrt()
+    return safe_sqrt(torch.stack(squares).sum(0))
+
+
+def safe_sqrt(square: Tensor) -> Tensor:
+    """The square root, with derivative 0 instead of infinity at 0 (a coordinate whose gradient has always been 0)."""
+    zero = square == 0
+    return torch.where(zero, torch.zeros_like(square), torch.where(zero, torch.ones_like(square), square).sqrt())
 
 
 def escape(name: str) -> str:
-    """A parameter's name as a key of ``nn.ParameterDict``, which admits no dots.
+    """A parameter's name as a key of ``nn.ParameterDict``, which admits no dots and none of its own methods' names.
 
     >>> escape("layers.0.weight"), unescape(escape("layers.0.weight"))
     ('layers|0|weight', 'layers.0.weight')
+    >>> escape("values"), unescape(escape("values"))
+    ('values|', 'values')
     """
     if "|" in name:
         raise ValueError(f"the parameter name {name!r} contains '|', which stands for '.' in rules; rename the parameter")
-    return name.replace(".", "|")
+    key = name.replace(".", "|")
+    return key + "|" if hasattr(nn.ParameterDict, key) else key
 
 
 def unescape(key: str) -> str:
     """The inverse of :func:`escape`."""
-    return key.replace("|", ".")
+    return key.removesuffix("|").replace("|", ".")
 
 
 @dataclass(frozen=True)
@@ -135,8 +145,8 @@ class Layout:
 def align(shapes: Mapping[str, Sequence[int]], target: Mapping[str, Sequence[int]]) -> dict[str, str]:
     """Match the parameters ``target`` of a network to the recorded ``shapes`` of a rule.
 
-    By name where the names agree; otherwise by order, if every shape agrees in that order (a network that is
-    wrapped in another module has the same parameters under longer names).
+    By name where all names agree; otherwise by order, if every shape agrees in that order (a network that is
+    wrapped in another module has the same parameters under longer names) and no name is known in another place.
 
     Returns:
         The rule's name for each name in ``target``.
@@ -165,5 +175,10 @@ def align(shapes: Mapping[str, Sequence[int]], target: Mapping[str, Sequence[int
             raise ValueError(
                 f"parameter {name!r} has shape {wanted[name]}, but the rule was made for {partner!r} of shape "
                 f"{recorded[partner]}. Meta-train a rule for this network, or use a rule that is not sized per parameter"
+            )
+        if name != partner and name in recorded:
+            raise ValueError(
+                f"parameter {name!r} is known to the rule, but in another place, where this network has {partner!r}; "
+                "matching by order would mix them up. Rename the parameters, or meta-train a rule for this network"
             )
     return pairs

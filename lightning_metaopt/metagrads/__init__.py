@@ -1,6 +1,7 @@
 """Ways of differentiating an unrolled episode; one estimator a file."""
 
 from lightning_metaopt.metagrads.base import Estimate, MetaGradient, surrogate_loss
+from lightning_metaopt.metagrads.forward import ForwardMode
 from lightning_metaopt.metagrads.unrolled import Unrolled
 
-__all__ = ["Estimate", "MetaGradient", "Unrolled", "surrogate_loss"]
+__all__ = ["Estimate", "ForwardMode", "MetaGradient", "Unrolled", "surrogate_loss"]

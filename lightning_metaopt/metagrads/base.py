@@ -36,7 +36,8 @@ class Estimate:
 
 class MetaGradient(ABC):
     """*How* to differentiate the meta-objective, as a value: called with a rule, an episode and an objective, it returns
-    an :class:`Estimate`. Differentiates with ``torch.autograd.grad`` only, so nobody's ``.grad`` is touched."""
+    an :class:`Estimate`. Differentiates with ``torch.autograd.grad`` only, so nobody's ``.grad`` is touched.
+    """
 
     @property
     @abstractmethod
@@ -52,7 +53,8 @@ class MetaGradient(ABC):
     @abstractmethod
     def gradient_evaluations(self) -> int:
         """Cost of one estimate for one problem, in evaluations of an inner gradient (a product with an inner Hessian
-        counts as two)."""
+        counts as two).
+        """
 
     @abstractmethod
     def __call__(self, rule: Rule, episode: Episode, objective: Objective) -> Estimate:
@@ -64,6 +66,8 @@ class MetaGradient(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
+        if state:
+            raise ValueError(f"{type(self).__name__} carries nothing between calls, but the saved state holds {sorted(state)}")
 
 
 def surrogate_loss(rule: Rule, estimate: Estimate) -> Tensor:
@@ -75,7 +79,7 @@ def surrogate_loss(rule: Rule, estimate: Estimate) -> Tensor:
     >>> import lightning_metaopt as lmo
     >>> rule = lmo.rules.GradientDescent()
     >>> loss = surrogate_loss(rule, Estimate(torch.tensor(7.0), {"log_lr": torch.tensor(3.0)}, episode=None))
-    >>> loss.backward(); float(loss), float(rule.log_lr.grad)
+    >>> loss.backward(); float(loss.detach()), float(rule.log_lr.grad)
     (7.0, 3.0)
     """
     linear = torch.stack([(value * estimate.grads[name].detach()).sum() for name, value in rule.named_parameters()]).sum()

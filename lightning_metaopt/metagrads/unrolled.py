@@ -52,9 +52,9 @@ class Unrolled(MetaGradient):
         checkpoint: int | None = None,
         chunk: int | str | None = "auto",
     ) -> None:
-        window = window or steps
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
+        window = steps if window is None else window
+        if steps < 1 or window < 1:
+            raise ValueError(f"steps and window must be at least 1, got steps={steps}, window={window}")
         if steps % window:
             raise ValueError(f"window must divide steps: {steps} steps do not split into windows of {window}")
         if checkpoint is not None and (checkpoint < 1 or window % checkpoint):
@@ -79,7 +79,7 @@ class Unrolled(MetaGradient):
     @property
     def gradient_evaluations(self) -> int:
         forward = self.steps * (2 if self.checkpoint else 1)
-        return forward + 1 + (0 if self.first_order else 2 * self.steps)
+        return forward + self.steps // self.window + (0 if self.first_order else 2 * self.steps)
 
     def __call__(self, rule: Rule, episode: Episode, objective: Objective) -> Estimate:
         preferred = episode.task.preferred_chunk if self.chunk == "auto" else self.chunk

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_metaopt.rule import Rule, State
-from lightning_metaopt.tree import Tree, expand_to, tree_map
+from lightning_metaopt.tree import Tree, expand_to, safe_sqrt, tree_map
 
 __all__ = ["Adam", "GradientDescent", "HeavyBall", "RMSprop"]
 
@@ -32,8 +32,8 @@ def _zeros(params: Tree) -> Tree:
 
 
 def _counter(params: Tree) -> Tree:
-    # One count for each problem and parameter, so that batches can be split and joined.
-    return tree_map(lambda leaf: leaf.new_zeros(leaf.shape[0]), params)
+    # One count for each problem and parameter, so that batches can be split and joined; bfloat16 cannot count past 256.
+    return tree_map(lambda leaf: leaf.new_zeros(leaf.shape[0], dtype=torch.promote_types(leaf.dtype, torch.float32)), params)
 
 
 @final
@@ -63,12 +63,12 @@ class GradientDescent(Rule):
     def forward_(
         self, grads: Tree, state: State, params: Tree, loss: Tensor | None = None, scale: Mapping[str, float] | None = None
     ) -> None:
-        rate = float(self.log_lr.exp())
+        rate = float(self.log_lr.detach().exp())
         for name, grad in grads.items():
             params[name].add_(grad, alpha=-rate * (scale[name] if scale else 1.0))
 
     def describe(self) -> dict[str, float]:
-        return {"lr": float(self.log_lr.exp())}
+        return {"lr": float(self.log_lr.detach().exp())}
 
 
 @final
@@ -104,7 +104,7 @@ class HeavyBall(Rule):
     def forward_(
         self, grads: Tree, state: State, params: Tree, loss: Tensor | None = None, scale: Mapping[str, float] | None = None
     ) -> None:
-        rate, mu = float(self.log_lr.exp()), float(self.momentum_logit.sigmoid())
+        rate, mu = float(self.log_lr.detach().exp()), float(self.momentum_logit.detach().sigmoid())
         for name, grad in grads.items():
             velocity = state["momentum"][name]
             torch.add(grad, velocity, alpha=mu, out=velocity)  # one pass, where mul_ and add_ would take two
@@ -115,7 +115,7 @@ class HeavyBall(Rule):
                 params[name].add_(velocity, alpha=alpha)
 
     def describe(self) -> dict[str, float]:
-        return {"lr": float(self.log_lr.exp()), "momentum": float(self.momentum_logit.sigmoid())}
+        return {"lr": float(self.log_lr.detach().exp()), "momentum": float(self.momentum_logit.detach().sigmoid())}
 
 
 @final
@@ -147,7 +147,7 @@ class RMSprop(Rule):
         return {name: -rate * grad / (safe_sqrt(square[name]) + self.eps) for name, grad in grads.items()}, {"square": square}
 
     def describe(self) -> dict[str, float]:
-        return {"lr": float(self.log_lr.exp()), "alpha": float(self.alpha_logit.sigmoid())}
+        return {"lr": float(self.log_lr.detach().exp()), "alpha": float(self.alpha_logit.detach().sigmoid())}
 
 
 @final
@@ -183,19 +183,13 @@ class Adam(Rule):
         updates = {}
         for name in grads:
             t = expand_to(count[name], mean[name])
-            root = safe_sqrt(square[name] / (1 - beta2**t)) + self.eps
-            updates[name] = -rate * mean[name] / (1 - beta1**t) / root
+            bias1, bias2 = (1 - beta1**t).to(grads[name].dtype), (1 - beta2**t).to(grads[name].dtype)
+            updates[name] = -rate * mean[name] / bias1 / (safe_sqrt(square[name] / bias2) + self.eps)
         return updates, {"mean": mean, "square": square, "step": count}
 
     def describe(self) -> dict[str, float]:
         return {
-            "lr": float(self.log_lr.exp()),
-            "beta1": float(self.beta1_logit.sigmoid()),
-            "beta2": float(self.beta2_logit.sigmoid()),
+            "lr": float(self.log_lr.detach().exp()),
+            "beta1": float(self.beta1_logit.detach().sigmoid()),
+            "beta2": float(self.beta2_logit.detach().sigmoid()),
         }
-
-
-def safe_sqrt(square: Tensor) -> Tensor:
-    """The square root, with derivative 0 instead of infinity at 0 (a coordinate whose gradient has always been 0)."""
-    positive = square > 0
-    return torch.where(positive, torch.where(positive, square, torch.ones_like(square)).sqrt(), torch.zeros_like(square))
