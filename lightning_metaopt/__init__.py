@@ -1,6 +1,7 @@
 """Learned optimizers and meta-learning for PyTorch Lightning."""
 
 from lightning_metaopt import episode, metagrads, objectives, rules, tasks
+from lightning_metaopt.loop import MetaLearner, MetaLoop
 from lightning_metaopt.metagrads import Estimate, ForwardMode, MetaGradient, Unrolled
 from lightning_metaopt.rule import Rule
 from lightning_metaopt.task import Task, TaskFamily
@@ -9,6 +10,8 @@ __all__ = [
     "Estimate",
     "ForwardMode",
     "MetaGradient",
+    "MetaLearner",
+    "MetaLoop",
     "Rule",
     "Task",
     "TaskFamily",
