@@ -76,7 +76,7 @@ class ValidationLoss(Objective):
         return end.task.val_loss(end.params, {name: leaf.clone() for name, leaf in end.buffers.items()})
 
 
-_PRESETS: dict[str, type[Objective]] = {
+PRESETS: dict[str, type[Objective]] = {
     "final": FinalLoss,
     "sum": SumLoss,
     "mean": MeanLoss,
@@ -93,6 +93,6 @@ def resolve_objective(objective: Objective | str) -> Objective:
     """
     if isinstance(objective, Objective):
         return objective
-    if objective not in _PRESETS:
-        raise ValueError(f"unknown objective {objective!r}; choose one of {', '.join(_PRESETS)} or pass an Objective")
-    return _PRESETS[objective]()
+    if objective not in PRESETS:
+        raise ValueError(f"unknown objective {objective!r}; choose one of {', '.join(PRESETS)} or pass an Objective")
+    return PRESETS[objective]()

@@ -1,0 +1,227 @@
+"""``lightning-metaopt``: recipes from the command line."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["main"]
+
+RECIPE_HELP = """A recipe is a YAML file; give several and later ones are laid over earlier ones. Every option of a recipe can be set
+with --a.b=c, for example --evaluation.init_args.steps=50 or --seeds=[0,1]."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0, or 2 for anything wrong with the call or the recipe."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = shlex.join(["lightning-metaopt", *arguments])
+    arguments, overrides = _split_overrides(arguments)
+    options = _parser().parse_args(arguments)
+    from lightning_metaopt.storage import RuleFileError
+    from lightning_metaopt.study.components import RecipeError
+
+    try:
+        _COMMANDS[options.subcommand](options[options.subcommand], overrides, command)
+    except (RecipeError, RuleFileError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="lightning-metaopt", description="Meta-train, evaluate and compare learned optimizers.")
+    commands = parser.add_subcommands(required=True)
+
+    def command(name: str, help_text: str, recipe: bool = True) -> Any:
+        sub = ArgumentParser(description=f"{help_text} {RECIPE_HELP}" if recipe else help_text)
+        if recipe:
+            sub.add_argument("recipe", nargs="*", type=str, help="recipe files")
+            sub.add_argument("--config", action="append", type=str, help="a recipe file; may be repeated")
+            sub.add_argument("--print_config", action="store_true", help="print the resolved recipe and stop")
+        commands.add_subcommand(name, sub, help=help_text)
+        return sub
+
+    run = command("run", "Carry out a whole recipe: meta-train, tune, compare, table and plot.")
+    run.add_argument("--output", type=str | None, default=None, help="folder for the results (default: outputs/<recipe>)")
+    run.add_argument("--overwrite", action="store_true", help="replace existing results")
+    train = command("meta-train", "Meta-train the rule of one method and save it.")
+    train.add_argument("--method", type=str | None, default=None, help="name of the method in the recipe (default: the first with 'train')")
+    train.add_argument("--seed", type=int, default=0, help="seed of the meta-training")
+    train.add_argument("--output", type=str, default="rule.safetensors", help="the rule file to write")
+    train.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    evaluate = command("evaluate", "Evaluate a saved rule on a recipe's problems.")
+    evaluate.add_argument("--rule", type=str, required=True, help="a rule file")
+    compare = command("compare", "One table of the results in several output folders.", recipe=False)
+    compare.add_argument("outputs", nargs="+", type=str, help="output folders of finished runs")
+    plot = command("plot", "Draw the curves of a finished run again.", recipe=False)
+    plot.add_argument("folder", type=str, help="output folder of a finished run")
+    plot.add_argument("--output", type=str | None, default=None, help="PNG file (default: curves.png in the folder)")
+    command("list", "List rules, task families, meta-gradients, objectives and recipes.", recipe=False)
+    return parser
+
+
+def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Take ``--a.b=c`` and ``--a.b c`` out where ``a`` is a key of recipes."""
+    keys = {"title", "claim", "family", "evaluation", "methods", "seeds", "tuning_seeds", "trials"}
+    rest: list[str] = []
+    overrides: dict[str, str] = {}
+    pending: str | None = None
+    for argument in arguments:
+        if pending is not None:
+            overrides[pending], pending = argument, None
+        elif argument.startswith("--") and argument[2:].split("=")[0].split(".")[0] in keys:
+            key, equals, value = argument[2:].partition("=")
+            if equals:
+                overrides[key] = value
+            else:
+                pending = key
+        else:
+            rest.append(argument)
+    if pending is not None:
+        rest.append(f"--{pending}")  # without a value: let the parser complain
+    return rest, overrides
+
+
+def _recipe(options: Any, overrides: dict[str, str]) -> Any:
+    from lightning_metaopt.study.components import RecipeError
+    from lightning_metaopt.study.spec import load_recipe
+
+    paths = [*options.recipe, *(options.config or [])]
+    if not paths:
+        raise RecipeError("no recipe given; for example: lightning-metaopt run recipes/quickstart/digits.yaml")
+    return load_recipe(paths, overrides), Path(paths[0])
+
+
+def _print_config(recipe: Any) -> None:
+    import yaml
+
+    print(yaml.safe_dump(recipe.source, sort_keys=False, allow_unicode=True), end="")
+
+
+def _quiet_lightning() -> None:
+    # Lightning greets on every fit, and a study fits many times.
+    import logging
+    import warnings
+
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*GPU available but not used.*")
+
+
+def _run(options: Any, overrides: dict[str, str], command: str) -> None:
+    from lightning_metaopt.study.report import claim_output, write_results
+    from lightning_metaopt.study.run import Progress, count_runs, run_recipe
+
+    recipe, path = _recipe(options, overrides)
+    if options.print_config:
+        return _print_config(recipe)
+    output = Path(options.output or Path("outputs") / path.stem)
+    claim_output(output, options.overwrite)
+    _quiet_lightning()
+    progress = Progress(count_runs(recipe))
+    results = run_recipe(recipe, progress)
+    write_results(output, recipe, results, command)
+    from rich.markdown import Markdown
+
+    progress.console.print(Markdown((output / "summary.md").read_text(encoding="utf-8")))
+    progress.console.print(f"Table: {output / 'summary.md'}   picture: {output / 'curves.png'}   rules: {output / 'rules'}")
+    return None
+
+
+def _meta_train(options: Any, overrides: dict[str, str], command: str) -> None:
+    from lightning_metaopt.storage import save_rule
+    from lightning_metaopt.study.components import RecipeError
+    from lightning_metaopt.study.report import claim_output, versions
+    from lightning_metaopt.study.run import Progress, train_rule
+
+    recipe, _ = _recipe(options, overrides)
+    if options.print_config:
+        return _print_config(recipe)
+    trained = [name for name, method in recipe.methods.items() if method.train is not None]
+    name = options.method or (trained[0] if trained else None)
+    if name not in trained:
+        raise RecipeError(f"no method {name!r} with 'train' in the recipe; there are: {', '.join(trained) or 'none'}")
+    output = Path(options.output)
+    claim_output(output, options.overwrite)
+    _quiet_lightning()
+    method = recipe.methods[name]
+    trial = method.trials()[0]
+    progress = Progress(1)
+    with progress.shown():
+        rule, cost = train_rule(method.candidate(recipe.family, trial), options.seed, progress, name)
+        progress.done()
+    assert rule is not None
+    provenance = {"recipe": recipe.title, "method": name, "options": trial, "seed": options.seed, "command": command, "versions": versions()}
+    save_rule(rule, output, provenance)
+    progress.console.print(f"{output}: {rule.describe()}  ({cost.gradient_evaluations:.3g} gradient evaluations, {cost.seconds:.1f} s)")
+    return None
+
+
+def _evaluate(options: Any, overrides: dict[str, str], command: str) -> None:
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from lightning_metaopt.storage import load_rule
+    from lightning_metaopt.study.evaluation import Candidate
+    from lightning_metaopt.study.report import figure, table
+
+    recipe, _ = _recipe(options, overrides)
+    if options.print_config:
+        return _print_config(recipe)
+    rule = load_rule(options.rule)
+    _quiet_lightning()
+    candidate = Candidate(rule=lambda: rule)
+    runs = [recipe.evaluation.run(recipe.family, candidate, rule, seed, "test") for seed in recipe.seeds]
+    import statistics
+
+    rows = []
+    for metric in runs[0].scores:
+        values = [run.scores[metric] for run in runs]
+        rows.append([metric, figure(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else float("nan"))])
+    Console().print(Markdown("\n".join([f"# {recipe.title}: {options.rule}", "", *table(["metric", "mean ± sd"], rows)])))
+    return None
+
+
+def _compare(options: Any, overrides: dict[str, str], command: str) -> None:
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from lightning_metaopt.study.report import compare_outputs
+
+    Console().print(Markdown(compare_outputs([Path(folder) for folder in options.outputs])))
+
+
+def _plot(options: Any, overrides: dict[str, str], command: str) -> None:
+    import yaml
+
+    from lightning_metaopt.study.plots import draw_curves
+    from lightning_metaopt.study.report import read_rows
+
+    folder = Path(options.folder)
+    rows = read_rows(folder / "runs.csv")
+    title = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))["title"]
+    path = Path(options.output or folder / "curves.png")
+    draw_curves(rows, path, title)
+    print(path)
+
+
+def _list(options: Any, overrides: dict[str, str], command: str) -> None:
+    import lightning_metaopt as lmo
+
+    for heading, module in (("rules", lmo.rules), ("task families", lmo.tasks), ("meta-gradients", lmo.metagrads)):
+        print(f"{heading}: {', '.join(name for name in module.__all__ if name[0].isupper())}")
+    print(f"objectives: {', '.join(lmo.objectives.PRESETS)}")
+    recipes = sorted(str(path) for path in Path("recipes").glob("*/*.yaml"))
+    print(f"recipes: {', '.join(recipes) or 'none below ./recipes'}")
+
+
+_COMMANDS = {"run": _run, "meta-train": _meta_train, "evaluate": _evaluate, "compare": _compare, "plot": _plot, "list": _list}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Turning the text of a recipe into checked objects."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from lightning_metaopt.rule import Rule
+from lightning_metaopt.task import TaskFamily
+
+__all__ = ["RecipeError", "build", "build_call", "merge", "only", "set_option", "with_shapes"]
+
+T = TypeVar("T")
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message names the key and the remedy."""
+
+
+def build(kind: Any, value: Any, where: str) -> Any:
+    """``value`` checked against the type ``kind``; classes named by ``class_path`` are instantiated."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=kind)
+    return _parsed(parser, value, where).value
+
+
+def build_call(target: type[T], options: Mapping[str, Any], where: str, **given: Any) -> T:
+    """``target(**options, **given)`` with the options checked and built from text; ``given`` are objects already."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(target, "value", skip=set(given), instantiate=False)
+    return target(**_parsed(parser, dict(options), where).value.as_dict(), **given)
+
+
+def _parsed(parser: Any, value: Any, where: str) -> Any:
+    from jsonargparse import ArgumentError
+
+    try:
+        return parser.instantiate_classes(parser.parse_object({"value": copy.deepcopy(value)}))
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise RecipeError(f"{where}: {error}") from error
+
+
+def set_option(options: dict[str, Any], key: str, value: Any) -> None:
+    """Set ``options["a"]["b"]["c"]`` for the key ``"a.b.c"``, making mappings on the way.
+
+    >>> options = {"rule": {"class_path": "Adam"}}
+    >>> set_option(options, "rule.init_args.lr", 0.1); options
+    {'rule': {'class_path': 'Adam', 'init_args': {'lr': 0.1}}}
+    """
+    *path, last = key.split(".")
+    for part in path:
+        inner = options.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"cannot set '{key}': '{part}' is {inner!r}, not a mapping")
+        options = inner
+    options[last] = value
+
+
+def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` laid on ``under``, mapping by mapping. Another ``class_path`` drops the old class's options."""
+    merged = dict(under)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            same = value.get("class_path", old.get("class_path")) == old.get("class_path")
+            merged[key] = merge(old, value) if same else value
+        else:
+            merged[key] = value
+    return merged
+
+
+def only(options: Mapping[str, Any], known: set[str], where: str) -> None:
+    """Refuse keys that nobody reads."""
+    for key in options:
+        if key not in known:
+            raise RecipeError(f"unknown key '{key}' in {where}; known are {', '.join(sorted(known))}")
+
+
+def with_shapes(spec: Mapping[str, Any], family: TaskFamily) -> dict[str, Any]:
+    """A rule's specification with ``shapes`` filled in from the family, if the rule takes them."""
+    spec = copy.deepcopy(dict(spec))
+    known = {rule.__name__: rule for rule in _subclasses(Rule)}
+    rule = known.get(str(spec.get("class_path", "")).rsplit(".", 1)[-1])
+    if rule is not None and "shapes" in inspect.signature(rule).parameters:
+        shapes = {name: list(shape) for name, shape in family.shapes.items()}
+        spec["init_args"] = {"shapes": shapes, **spec.get("init_args", {})}
+    return spec
+
+
+def _subclasses(kind: type[T]) -> list[type[T]]:
+    found = []
+    for subclass in kind.__subclasses__():
+        found += [subclass, *_subclasses(subclass)]
+    return found

@@ -1,0 +1,124 @@
+"""How an optimizer is judged: on a family of tasks, or by training a user's LightningModule."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal, final
+
+import torch
+from torch import nn
+
+from lightning_metaopt.episode import Episode, start, unroll
+from lightning_metaopt.loop import MetaLearner
+from lightning_metaopt.rule import Rule
+from lightning_metaopt.study.components import RecipeError
+from lightning_metaopt.task import TaskFamily
+
+__all__ = ["Candidate", "Evaluation", "MakeOptimizer", "Result", "Split", "TaskEvaluation", "stream"]
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+Split = Literal["tune", "test"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One optimizer with all options fixed: a rule, to be meta-trained if there is a learner, or a torch optimizer."""
+
+    rule: Callable[[], Rule] | None = None
+    optimizer: MakeOptimizer | None = None
+    learner: Callable[..., MetaLearner] | None = None
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run.
+
+    Attributes:
+        curves: metric to ``[(inner step, value), ...]``.
+        scores: single figures by name.
+        gradient_evaluations: inner gradients that the run took for each problem.
+        seconds: wall clock of the run.
+    """
+
+    curves: dict[str, list[tuple[int, float]]]
+    scores: dict[str, float]
+    gradient_evaluations: int
+    seconds: float
+
+
+def stream(name: str, seed: int) -> int:
+    """A seed for the stream ``name``, so that tuning, meta-training and final problems never coincide.
+
+    >>> stream("tune", 0) != stream("test", 0)
+    True
+    """
+    return int.from_bytes(hashlib.blake2b(f"{name}/{seed}".encode(), digest_size=7).digest(), "big")
+
+
+class Evaluation(ABC):
+    """Runs one optimizer once. The smallest ``objective`` score wins a search."""
+
+    objective: str
+    budget: int
+    """Inner gradients that one run takes for one problem: what a search pays for each trial."""
+
+    @abstractmethod
+    def check(self, candidate: Candidate) -> None:
+        """Raise :class:`RecipeError` if this kind of optimizer cannot be judged here."""
+
+    def sources(self) -> dict[str, str]:
+        """Where real data came from, by role; empty for generated problems."""
+        return {}
+
+    @abstractmethod
+    def run(self, family: TaskFamily, candidate: Candidate, rule: Rule | None, seed: int, split: Split) -> Result:
+        """Judge the optimizer: ``rule`` is the (meta-trained) rule, or ``None`` for a torch optimizer."""
+
+
+@final
+class TaskEvaluation(Evaluation):
+    """Runs a rule on new tasks of the family and records the mean validation loss after every step.
+
+    Args:
+        steps: inner steps of a run.
+        tasks: problems of a run.
+        report: steps at which the tables give the loss; the last step if empty.
+        objective: what a search minimises: ``"final"`` (validation loss after the last step) or ``"mean"`` (over the curve).
+    """
+
+    def __init__(
+        self, steps: int = 30, tasks: int = 100, report: list[int] | None = None, objective: Literal["final", "mean"] = "final"
+    ) -> None:
+        self.steps, self.tasks, self.objective = steps, tasks, objective
+        self.budget = steps
+        self.report = report or [steps]
+        if max(self.report) > steps or min(self.report) < 0:
+            raise RecipeError(f"evaluation.report names steps outside 0..{steps}: {self.report}")
+
+    def check(self, candidate: Candidate) -> None:
+        if candidate.rule is None:
+            raise RecipeError("TaskEvaluation runs rules; give 'rule' (torch's optimizers have twins: GradientDescent, HeavyBall, ...)")
+
+    def run(self, family: TaskFamily, candidate: Candidate, rule: Rule | None, seed: int, split: Split) -> Result:
+        assert rule is not None
+        begin = time.perf_counter()
+        task = family.draw(stream(split, seed), self.tasks)
+        episode = start(rule, task, torch.Generator().manual_seed(stream(f"{split}-start", seed)))
+        curve = [(0, _validation(episode))]
+        for step in range(1, self.steps + 1):
+            episode, _ = unroll(rule, episode, 1)
+            curve.append((step, _validation(episode)))
+        values = [value for _, value in curve]
+        scores = {f"loss@{step}": values[step] for step in self.report}
+        scores["final"], scores["mean"] = values[-1], sum(values) / len(values)
+        return Result({"validation loss": curve}, scores, self.steps, time.perf_counter() - begin)
+
+
+def _validation(episode: Episode) -> float:
+    with torch.no_grad():
+        return float(episode.task.val_loss(episode.params, dict(episode.buffers)).mean())
