@@ -1,0 +1,397 @@
+"""The solver against closed forms and exact constrained solutions, and everything that it must refuse.
+
+Tolerances of the solver (absolute for iterates, relative to the largest entry for gradients) are stated in TOLERANCE; numbers
+here are of order 1.
+"""
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+
+from lightning_metaopt.episode import start
+from lightning_metaopt.metagrads import Unrolled
+from lightning_metaopt.objectives import FinalLoss
+from lightning_metaopt.rules import (
+    Box,
+    ConvexProgram,
+    DCOGeneralDescent,
+    DCOGradient,
+    DCOMomentum,
+    L1Ball,
+    NonNegative,
+    ProximalL1,
+    Simplex,
+    TrustRegion,
+)
+from lightning_metaopt.tasks import LeastSquares
+
+cp = pytest.importorskip("cvxpy")
+
+# (solver, mode): (iterate, gradients)
+TOLERANCE = {
+    ("SCS", "lsqr"): (1e-8, 1e-5),
+    ("SCS", "dense"): (1e-8, 1e-7),
+    ("Clarabel", "lsqr"): (1e-4, 1e-3),
+}
+CONSTRAINTS = [None, Box(-0.3, 0.5), NonNegative(), Simplex(), L1Ball(1.0), TrustRegion(0.5), ProximalL1(0.3)]
+
+
+def shapes_of(n):
+    return {"a": (n - 2,), "b": (1, 2)}
+
+
+def trees(n, size=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw():
+        return {name: torch.randn(size, *shape, generator=generator, dtype=torch.float64) for name, shape in shapes_of(n).items()}
+
+    return draw(), draw()
+
+
+def pairs(n, constraint, **options):
+    shapes = shapes_of(n)
+    return {
+        "gradient": (DCOGradient(shapes, constraint=constraint), ConvexProgram.gradient(shapes, constraint=constraint, **options)),
+        "momentum": (DCOMomentum(shapes, constraint=constraint), ConvexProgram.momentum(shapes, constraint=constraint, **options)),
+        "general": (
+            DCOGeneralDescent(shapes, constraint=constraint),
+            ConvexProgram.general_descent(shapes, constraint=constraint, **options),
+        ),
+    }
+
+
+def randomise(closed, program, n, seed=0):
+    """The same random meta-parameters in both, as leaves: by name for the closed form, flat for the program."""
+    generator = torch.Generator().manual_seed(seed)
+    closed.double()
+    program.double()
+    values = {}
+    for name, value in program.named_parameters():
+        drawn = torch.rand(value.shape, generator=generator, dtype=torch.float64) * 0.8 + 0.6
+        if name == "phi.matrix":
+            drawn = torch.eye(n).double() + 0.2 * (drawn - 1)
+        if name == "phi.averaging":
+            drawn = drawn / 2
+        values[name] = drawn
+        with torch.no_grad():
+            value.copy_(drawn)
+    with torch.no_grad():
+        for name, value in closed.named_parameters():
+            if name == "matrix":
+                value.copy_(values["phi.matrix"])
+            else:
+                slot, part = name.split(".")
+                flat = values[f"phi.{slot}"]
+                value.copy_(flat[: n - 2] if part == "a" else flat[n - 2 :].view(1, 2))
+
+
+def flat_gradients(rule, value, extra):
+    names, parameters = zip(*rule.named_parameters(), strict=True)
+    found = torch.autograd.grad(value, [*parameters, *extra], allow_unused=True, materialize_grads=True)
+    own = dict(zip(names, found[: len(names)], strict=True))
+    if not any(name.startswith("phi.") for name in own):
+        slots = sorted({name.split(".")[0] for name in own})
+        own = {f"phi.{s}": torch.cat([g.flatten() for n, g in own.items() if n.split(".")[0] == s]) for s in slots}
+    return [own[name].flatten() for name in sorted(own)] + [g.flatten() for g in found[len(names) :]]
+
+
+def two_steps(rule, grads, params):
+    """Two steps with the same gradient tree times 1 and -0.5, so that the state matters; a scalar of all coordinates."""
+    state = rule.init(params)
+    iterates = []
+    for factor in (1.0, -0.5):
+        updates, state = rule({name: factor * g for name, g in grads.items()}, state, params)
+        params = {name: params[name] + updates[name] for name in params}
+        iterates.append(torch.cat([leaf.flatten(1) for leaf in params.values()], 1))
+    weights = torch.linspace(0.5, 1.5, iterates[0].numel(), dtype=torch.float64).view_as(iterates[0])
+    return iterates, (weights * sum(iterates).sin()).sum()
+
+
+def agree(closed, program, n, tolerance):
+    (at, slope) = tolerance
+    results = []
+    for rule in (closed, program):
+        grads, params = trees(n)
+        inputs = [leaf.requires_grad_() for tree in (grads, params) for leaf in tree.values()]
+        iterates, value = two_steps(rule, grads, params)
+        results.append((iterates, flat_gradients(rule, value, inputs)))
+    (exact, exact_grads), (solved, solved_grads) = results
+    for one, other in zip(exact, solved, strict=True):
+        assert (one - other).abs().max() <= at
+    for one, other in zip(exact_grads, solved_grads, strict=True):
+        assert (one - other).abs().max() <= slope * one.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS, ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("kind", ["gradient", "momentum", "general"])
+def test_solver_agrees_with_exact_solutions(kind, constraint):
+    closed, program = pairs(5, constraint)[kind]
+    randomise(closed, program, 5)
+    agree(closed, program, 5, TOLERANCE["SCS", "lsqr"])
+
+
+@pytest.mark.parametrize(("solver", "mode"), TOLERANCE)
+@pytest.mark.parametrize("constraint", [None, Simplex(), NonNegative()], ids=lambda c: type(c).__name__)
+def test_solvers_in_twenty_dimensions(solver, mode, constraint):
+    closed, program = pairs(20, constraint, solver=solver, mode=mode)["momentum"]
+    randomise(closed, program, 20)
+    agree(closed, program, 20, TOLERANCE[solver, mode])
+
+
+def test_closed_forms_are_the_slow_loops():
+    grads, params = trees(5)
+    shapes = shapes_of(5)
+    gradient, momentum, general = DCOGradient(shapes), DCOMomentum(shapes), DCOGeneralDescent(shapes)
+    for rule in (gradient, momentum, general):
+        rule.double()
+        with torch.no_grad():
+            for value in rule.parameters():
+                value.copy_(torch.rand(value.shape) + 0.5)
+    state = momentum.init(params)
+    for factor in (1.0, -0.5):
+        scaled = {name: factor * g for name, g in grads.items()}
+        average = state["average"]
+        fresh = factor == 1.0
+        updates, state = momentum(scaled, state, params)
+        for name, shape in shapes.items():
+            for b in range(4):
+                for i in range(torch.zeros(shape).numel()):
+                    g, m = scaled[name][b].flatten()[i], momentum.averaging[name].flatten()[i]
+                    s = g if fresh else m * g + (1 - m) * average[name][b].flatten()[i]
+                    step = -s / momentum.scale[name].flatten()[i] ** 2
+                    assert updates[name][b].flatten()[i].item() == pytest.approx(step.item(), rel=1e-12)
+                    if fresh:
+                        plain = gradient(grads, {}, params)[0][name][b].flatten()[i]
+                        assert plain.item() == pytest.approx((-g / gradient.scale[name].flatten()[i] ** 2).item(), rel=1e-12)
+    updates, _ = general(grads, {}, params)
+    for b in range(4):
+        flat = torch.cat([grads["a"][b].flatten(), grads["b"][b].flatten()])
+        step = torch.stack([-sum(general.matrix[i, j] * flat[j] for j in range(5)) for i in range(5)])
+        assert torch.allclose(torch.cat([updates["a"][b].flatten(), updates["b"][b].flatten()]), step, rtol=1e-12)
+
+
+def test_polytope_against_its_optimality_conditions_and_finite_differences():
+    n, shapes = 4, {"theta": (4,)}
+    generator = torch.Generator().manual_seed(1)
+    matrix = torch.randn(3, n, generator=generator, dtype=torch.float64)
+    bound = torch.full((3,), 0.2).double()
+    rule = ConvexProgram.polytope(shapes, 1.2, (matrix, bound), (torch.ones(1, n), [0.5])).double()
+    with torch.no_grad():
+        rule.phi["factor"].add_(0.3 * torch.randn(n, n, generator=generator))
+    gradient = torch.randn(2, n, generator=generator, dtype=torch.float64)
+    params = {"theta": torch.zeros(2, n).double()}
+
+    def theta(factor, g):
+        with torch.no_grad():
+            rule.phi["factor"].copy_(factor)
+        return rule({"theta": g}, {}, params)[0]["theta"]
+
+    factor = rule.phi["factor"].detach().clone()
+    solution = theta(factor, gradient)
+    assert torch.allclose(solution.sum(1), torch.full((2,), 0.5).double(), atol=1e-8)
+    assert (solution @ matrix.mT <= bound + 1e-8).all()
+    # Stationary: the gradient of the objective is a combination of the constraints' normals, inequalities with a sign.
+    slack = bound - solution.detach() @ matrix.mT
+    for b in range(2):
+        active = slack[b] < 1e-7
+        normals = torch.cat([matrix[active], torch.ones(1, n).double()])
+        force = -(gradient[b] + factor.mT @ factor @ solution[b].detach())
+        multipliers = torch.linalg.lstsq(normals.mT, force.unsqueeze(1)).solution.squeeze(1)
+        assert torch.allclose(normals.mT @ multipliers, force, atol=1e-6)
+        assert (multipliers[: int(active.sum())] >= -1e-6).all()
+    assert (slack.min(1).values < 1e-7).any()  # an inequality is active
+    found = torch.autograd.grad((solution * gradient).sum(), rule.phi["factor"])[0]
+    direction = torch.randn(n, n, generator=generator, dtype=torch.float64)
+    ahead, behind = (theta(factor + sign * 1e-5 * direction, gradient).detach() for sign in (1, -1))
+    assert (found * direction).sum() == pytest.approx(float(((ahead - behind) * gradient).sum() / 2e-5), rel=1e-4)
+
+
+def own_program(n=3):
+    """A program in the iterate itself, with a computed parameter, an equality, a state and a domain."""
+    theta, gradient = cp.Variable(n), cp.Parameter(n, name="velocity")
+    scale, target = cp.Parameter(n, name="scale", pos=True), cp.Parameter(n, name="target")
+    objective = gradient @ theta + cp.sum_squares(cp.multiply(scale, theta) - target) / 2
+    return {
+        "problem": cp.Problem(cp.Minimize(objective), [cp.sum(theta) == 1]),
+        "shapes": {"w": (n,)},
+        "variable": theta,
+        "phi": {"scale": torch.full((n,), 2.0), "decay": torch.tensor(0.5)},
+        "inputs": {"target": lambda x: x.phi["scale"] * x.current},
+        "state": {"velocity": lambda x: x.phi["decay"] * x.state["velocity"] + x.gradient},
+    }
+
+
+def test_own_program():
+    rule = ConvexProgram(**own_program())
+    params, grads = {"w": torch.zeros(2, 3)}, {"w": torch.tensor([[4.0, 0.0, -4.0], [0.0, 0.0, 0.0]])}
+    state = rule.init(params)
+    updates, state = rule(grads, state, params)
+    assert updates["w"].dtype == torch.float32
+    expected = -grads["w"] / 4
+    expected = expected + (1 - expected.sum(1, keepdim=True)) / 3
+    assert torch.allclose(updates["w"], expected, atol=1e-6)
+    assert torch.equal(state["velocity"]["w"], grads["w"])
+    updates, state = rule(grads, state, params)
+    assert torch.allclose(state["velocity"]["w"], 1.5 * grads["w"])
+    torch.autograd.grad(updates["w"].square().sum(), list(rule.parameters()))
+    with torch.no_grad():
+        assert torch.allclose(rule(grads, rule.init(params), params)[0]["w"], expected, atol=1e-6)
+        rule.phi["scale"].fill_(-1.0)
+    rule.project_()
+    assert (rule.phi["scale"] > 0).all()
+
+
+def test_domains_from_the_attributes_of_parameters():
+    theta, metric, shift = cp.Variable(2), cp.Parameter((2, 2), name="metric", PSD=True), cp.Parameter(2, name="shift", nonpos=True)
+    problem = cp.Problem(
+        cp.Minimize(cp.sum_squares(theta - shift) + cp.Parameter(2, name="gradient") @ theta + cp.sum(metric @ theta))
+    )
+    rule = ConvexProgram(
+        problem, {"w": (2,)}, theta, phi={"metric": torch.tensor([[1.0, 4.0], [0.0, -1.0]]), "shift": torch.ones(2)}
+    )
+    rule.project_()
+    assert torch.equal(rule.phi["shift"], torch.zeros(2))
+    assert torch.linalg.eigvalsh(rule.phi["metric"]).min() >= -1e-6
+    assert torch.allclose(rule.phi["metric"], rule.phi["metric"].mT)
+
+
+@pytest.mark.parametrize("kind", ["gradient", "momentum", "general_descent", "polytope"])
+def test_config_deepcopy_and_pickle(kind):
+    shapes = shapes_of(4)
+    options = {"inequality": (torch.eye(4), torch.ones(4))} if kind == "polytope" else {"constraint": Box(-1, 1)}
+    rule = getattr(ConvexProgram, kind)(shapes, 1.5, **options)
+    rebuilt = ConvexProgram(**json.loads(json.dumps(rule.config)))
+    rebuilt.load_state_dict(rule.state_dict())
+    grads, params = trees(4)
+    expected = rule(grads, rule.init(params), params)[0]
+    for other in (rebuilt, copy.deepcopy(rule), pickle.loads(pickle.dumps(rule))):
+        found = other(grads, other.init(params), params)[0]
+        assert all(torch.allclose(found[name], expected[name], atol=1e-9) for name in expected)
+
+
+def test_meta_gradient_through_several_steps_is_that_of_the_closed_form():
+    family = LeastSquares(dim=4, rows=8, mean=True, double=True)
+    closed, program = (make(family.shapes, 1.6).double() for make in (DCOGradient, ConvexProgram.gradient))
+    task = family.draw(seed=0, size=3)
+    one, other = (Unrolled(steps=3)(rule, start(rule, task), FinalLoss()) for rule in (closed, program))
+    assert torch.allclose(one.loss, other.loss, atol=1e-9)
+    assert torch.allclose(one.grads["scale.theta"], other.grads["phi.scale"], rtol=1e-5)
+
+
+def test_second_order_forward_mode_and_transforms_are_refused():
+    rule = ConvexProgram.gradient({"w": (3,)})
+    params, grads = {"w": torch.zeros(2, 3)}, {"w": torch.ones(2, 3)}
+    updates, _ = rule(grads, {}, params)
+    with pytest.raises(RuntimeError, match=r"second derivative.*DCOGradient"):
+        torch.autograd.grad(updates["w"].square().sum(), rule.phi["scale"], create_graph=True)
+    torch.autograd.grad(updates["w"].square().sum(), rule.phi["scale"])  # the graph is still good for a first derivative
+    for enabled in (True, False):
+        with torch.autograd.forward_ad.dual_level(), torch.set_grad_enabled(enabled):
+            dual = {"w": torch.autograd.forward_ad.make_dual(grads["w"], torch.ones(2, 3))}
+            with pytest.raises(RuntimeError, match="first derivatives in reverse mode only"):
+                rule(dual, {}, params)
+    with pytest.raises(RuntimeError):
+        torch.func.vmap(lambda g: rule({"w": g}, {}, params)[0]["w"])(torch.ones(2, 2, 3))
+    with pytest.raises(RuntimeError, match="reverse mode only"):
+        torch.func.jvp(lambda g: rule({"w": g}, {}, params)[0]["w"], (grads["w"],), (grads["w"],))
+
+
+def box_between(solver):
+    step, low = cp.Variable(2), cp.Parameter(2, name="low")
+    objective = cp.Parameter(2, name="gradient") @ step + cp.sum_squares(step)
+    problem = cp.Problem(cp.Minimize(objective), [step >= low, cp.sum(step) <= 1])
+    inputs = {"low": lambda x: x.gradient}  # infeasible where the gradient sums to more than 1
+    return ConvexProgram(problem, {"w": (2,)}, step, inputs=inputs, returns="step", solver=solver)
+
+
+@pytest.mark.parametrize("solver", ["SCS", "Clarabel"])
+@pytest.mark.parametrize("differentiable", [True, False])
+def test_an_infeasible_problem_is_named(solver, differentiable):
+    rule = box_between(solver)
+    params = {"w": torch.zeros(3, 2)}
+    grads = {"w": torch.tensor([[0.1, 0.2], [0.4, -0.3], [2.0, 3.0]], requires_grad=differentiable)}
+    with pytest.raises(RuntimeError, match=r"problem 2 of the batch of 3.*infeasible.*contradict"):
+        rule(grads, {}, params)
+
+
+@pytest.mark.parametrize("solver", ["SCS", "Clarabel"])
+@pytest.mark.parametrize("bounded", [True, False])
+def test_an_unbounded_problem_is_named(solver, bounded):
+    step = cp.Variable(2)
+    constraints = [cp.sum(step) <= 5] + ([step >= -10] if bounded else [])
+    problem = cp.Problem(cp.Minimize(cp.Parameter(2, name="gradient") @ step), constraints)
+    rule = ConvexProgram(problem, {"w": (2,)}, step, returns="step", solver=solver)
+    grads, params = {"w": torch.tensor([[-1.0, -1.0], [1.0, 2.0]])}, {"w": torch.zeros(2, 2)}
+    if bounded:
+        assert torch.allclose(rule(grads, {}, params)[0]["w"][1], torch.tensor([-10.0, -10.0]), atol=1e-4)
+    else:
+        with pytest.raises(RuntimeError, match=r"problem 1 of the batch of 2.*unbounded"):
+            rule(grads, {}, params)
+
+
+def test_an_inaccurate_solution_and_a_gradient_that_is_not_finite_are_named():
+    rule = ConvexProgram.gradient({"w": (3,)}, constraint=Simplex(), solver_options={"max_iters": 2})
+    params = {"w": torch.full((2, 3), 1 / 3)}
+    with pytest.raises(RuntimeError, match=r"problem 0 of the batch of 2.*max_iters"):
+        rule({"w": torch.randn(2, 3)}, {}, params)
+    rule = ConvexProgram.gradient({"w": (3,)})
+    with pytest.raises(RuntimeError, match="'gradient' of problem 1 of the batch is not finite"):
+        rule({"w": torch.tensor([[1.0, 2.0, 3.0], [1.0, float("nan"), 0.0]])}, {}, params)
+
+
+def test_the_callers_problem_keeps_its_values():
+    rule = box_between("Clarabel")
+    low = next(p for p in rule.solver.problem.parameters() if p.name() == "low")
+    low.value = [7.0, 8.0]
+    with torch.no_grad():
+        rule({"w": torch.tensor([[0.1, 0.2]])}, {}, {"w": torch.zeros(1, 2)})
+    assert low.value.tolist() == [7.0, 8.0]
+
+
+def not_dpp():
+    theta, scale, current = cp.Variable(2), cp.Parameter(2, name="scale"), cp.Parameter(2, name="current")
+    gradient = cp.Parameter(2, name="gradient")
+    problem = cp.Problem(cp.Minimize(gradient @ theta + cp.sum_squares(cp.multiply(scale, theta - current)) / 2))
+    return ConvexProgram(problem, {"w": (2,)}, theta, phi={"scale": torch.ones(2)})
+
+
+def without(name, **changes):
+    arguments = own_program()
+    arguments[name] = changes.get("value")
+    return lambda: ConvexProgram(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (not_dpp, r"the objective is not DPP.*returns='step'.*inputs="),
+        (without("phi", value={}), "nothing fills the program's parameter 'scale'"),
+        (
+            without("phi", value={"scale": torch.ones(2), "decay": torch.tensor(0.5)}),
+            r"'scale' has shape \(3,\), but is filled with",
+        ),
+        (without("variable", value=cp.Variable(2)), r"shape \(3,\)"),
+        (without("problem"), "load_state_dict"),
+        (lambda: ConvexProgram.gradient({"w": (2,)}, solver="ECOS"), "solver must be one of"),
+        (lambda: ConvexProgram.gradient({"w": (2,)}, mode="lpgd"), "mode must be one of"),
+        (lambda: ConvexProgram({"class": "newton"}, {"w": (2,)}), "unknown program 'newton'"),
+        (lambda: ConvexProgram.polytope({"w": (2,)}), "needs inequality"),
+        (lambda: ConvexProgram.polytope({"w": (2,)}, inequality=(torch.eye(3), torch.ones(3))), r"must be a matrix \(m, 2\)"),
+    ],
+)
+def test_bad_programs(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_computed_parameter_of_the_wrong_shape():
+    arguments = own_program()
+    arguments["inputs"] = {"target": lambda x: x.current[:, :2]}
+    rule = ConvexProgram(**arguments)
+    params = {"w": torch.zeros(2, 3)}
+    with pytest.raises(ValueError, match=r"'target' has shape \(3,\), but was filled with \(2, 2\)"):
+        rule(params, rule.init(params), params)
