@@ -10,8 +10,8 @@ from typing import Any
 
 __all__ = ["main"]
 
-RECIPE_HELP = """A recipe is a YAML file; give several and later ones are laid over earlier ones. Every option of a recipe can be set
-with --a.b=c, for example --evaluation.init_args.steps=50 or --seeds=[0,1]."""
+RECIPE_HELP = """A recipe is a YAML file; give several and later ones are laid over earlier ones. Every option of a recipe
+can be set with --a.b=c, for example --evaluation.init_args.steps=50 or --seeds=[0,1]; --print_config shows the result and stops."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,11 +19,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = shlex.join(["lightning-metaopt", *arguments])
     arguments, overrides = _split_overrides(arguments)
-    options = _parser().parse_args(arguments)
+    print_config = "--print_config" in arguments  # the parser has a flag of that name for itself
+    options = _parser().parse_args([argument for argument in arguments if argument != "--print_config"])
     from lightning_metaopt.storage import RuleFileError
     from lightning_metaopt.study.components import RecipeError
 
     try:
+        if print_config:
+            return _print_config(options[options.subcommand], overrides)
         _COMMANDS[options.subcommand](options[options.subcommand], overrides, command)
     except (RecipeError, RuleFileError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -42,7 +45,6 @@ def _parser() -> Any:
         if recipe:
             sub.add_argument("recipe", nargs="*", type=str, help="recipe files")
             sub.add_argument("--config", action="append", type=str, help="a recipe file; may be repeated")
-            sub.add_argument("--print_config", action="store_true", help="print the resolved recipe and stop")
         commands.add_subcommand(name, sub, help=help_text)
         return sub
 
@@ -50,7 +52,7 @@ def _parser() -> Any:
     run.add_argument("--output", type=str | None, default=None, help="folder for the results (default: outputs/<recipe>)")
     run.add_argument("--overwrite", action="store_true", help="replace existing results")
     train = command("meta-train", "Meta-train the rule of one method and save it.")
-    train.add_argument("--method", type=str | None, default=None, help="name of the method in the recipe (default: the first with 'train')")
+    train.add_argument("--method", type=str | None, default=None, help="a method of the recipe (default: the first with 'train')")
     train.add_argument("--seed", type=int, default=0, help="seed of the meta-training")
     train.add_argument("--output", type=str, default="rule.safetensors", help="the rule file to write")
     train.add_argument("--overwrite", action="store_true", help="replace an existing file")
@@ -87,7 +89,7 @@ def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str
     return rest, overrides
 
 
-def _recipe(options: Any, overrides: dict[str, str]) -> Any:
+def _recipe(options: Any, overrides: dict[str, str]) -> tuple[Any, Path]:
     from lightning_metaopt.study.components import RecipeError
     from lightning_metaopt.study.spec import load_recipe
 
@@ -97,10 +99,12 @@ def _recipe(options: Any, overrides: dict[str, str]) -> Any:
     return load_recipe(paths, overrides), Path(paths[0])
 
 
-def _print_config(recipe: Any) -> None:
+def _print_config(options: Any, overrides: dict[str, str]) -> int:
     import yaml
 
+    recipe, _ = _recipe(options, overrides)
     print(yaml.safe_dump(recipe.source, sort_keys=False, allow_unicode=True), end="")
+    return 0
 
 
 def _quiet_lightning() -> None:
@@ -119,8 +123,6 @@ def _run(options: Any, overrides: dict[str, str], command: str) -> None:
     from lightning_metaopt.study.run import Progress, count_runs, run_recipe
 
     recipe, path = _recipe(options, overrides)
-    if options.print_config:
-        return _print_config(recipe)
     output = Path(options.output or Path("outputs") / path.stem)
     claim_output(output, options.overwrite)
     _quiet_lightning()
@@ -131,7 +133,6 @@ def _run(options: Any, overrides: dict[str, str], command: str) -> None:
 
     progress.console.print(Markdown((output / "summary.md").read_text(encoding="utf-8")))
     progress.console.print(f"Table: {output / 'summary.md'}   picture: {output / 'curves.png'}   rules: {output / 'rules'}")
-    return None
 
 
 def _meta_train(options: Any, overrides: dict[str, str], command: str) -> None:
@@ -141,11 +142,9 @@ def _meta_train(options: Any, overrides: dict[str, str], command: str) -> None:
     from lightning_metaopt.study.run import Progress, train_rule
 
     recipe, _ = _recipe(options, overrides)
-    if options.print_config:
-        return _print_config(recipe)
     trained = [name for name, method in recipe.methods.items() if method.train is not None]
     name = options.method or (trained[0] if trained else None)
-    if name not in trained:
+    if name is None or name not in trained:
         raise RecipeError(f"no method {name!r} with 'train' in the recipe; there are: {', '.join(trained) or 'none'}")
     output = Path(options.output)
     claim_output(output, options.overwrite)
@@ -157,10 +156,10 @@ def _meta_train(options: Any, overrides: dict[str, str], command: str) -> None:
         rule, cost = train_rule(method.candidate(recipe.family, trial), options.seed, progress, name)
         progress.done()
     assert rule is not None
-    provenance = {"recipe": recipe.title, "method": name, "options": trial, "seed": options.seed, "command": command, "versions": versions()}
-    save_rule(rule, output, provenance)
-    progress.console.print(f"{output}: {rule.describe()}  ({cost.gradient_evaluations:.3g} gradient evaluations, {cost.seconds:.1f} s)")
-    return None
+    provenance = {"recipe": recipe.title, "method": name, "options": trial, "seed": options.seed, "command": command}
+    save_rule(rule, output, {**provenance, "versions": versions()})
+    spent = f"{cost.gradient_evaluations:.3g} gradient evaluations, {cost.seconds:.1f} s"
+    progress.console.print(f"{output}: {rule.describe()}  ({spent})")
 
 
 def _evaluate(options: Any, overrides: dict[str, str], command: str) -> None:
@@ -172,8 +171,6 @@ def _evaluate(options: Any, overrides: dict[str, str], command: str) -> None:
     from lightning_metaopt.study.report import figure, table
 
     recipe, _ = _recipe(options, overrides)
-    if options.print_config:
-        return _print_config(recipe)
     rule = load_rule(options.rule)
     _quiet_lightning()
     candidate = Candidate(rule=lambda: rule)
@@ -185,7 +182,6 @@ def _evaluate(options: Any, overrides: dict[str, str], command: str) -> None:
         values = [run.scores[metric] for run in runs]
         rows.append([metric, figure(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else float("nan"))])
     Console().print(Markdown("\n".join([f"# {recipe.title}: {options.rule}", "", *table(["metric", "mean ± sd"], rows)])))
-    return None
 
 
 def _compare(options: Any, overrides: dict[str, str], command: str) -> None:
@@ -198,6 +194,8 @@ def _compare(options: Any, overrides: dict[str, str], command: str) -> None:
 
 
 def _plot(options: Any, overrides: dict[str, str], command: str) -> None:
+    import json
+
     import yaml
 
     from lightning_metaopt.study.plots import draw_curves
@@ -206,8 +204,9 @@ def _plot(options: Any, overrides: dict[str, str], command: str) -> None:
     folder = Path(options.folder)
     rows = read_rows(folder / "runs.csv")
     title = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))["title"]
+    learned = json.loads((folder / "record.json").read_text(encoding="utf-8"))["learned"]
     path = Path(options.output or folder / "curves.png")
-    draw_curves(rows, path, title)
+    draw_curves(rows, path, title, learned)
     print(path)
 
 

@@ -98,13 +98,16 @@ class MetaLoop:
             learner: what to train.
             ckpt_path: a checkpoint to resume from.
         """
-        self.trainer = self._build()
+        self.trainer = self._build(learner)
         self.trainer.fit(learner, ckpt_path=ckpt_path)
         if self.keep == "best" and learner.val_tasks:
             learner.best.load_into_(learner.rule)
         return learner.rule
 
-    def _build(self) -> Trainer:
+    def _build(self, learner: MetaLearner) -> Trainer:
+        options = dict(self._trainer_options)
+        if not learner.val_tasks:
+            options["limit_val_batches"] = 0  # or Lightning warns that there is nothing to validate
         return Trainer(
             max_epochs=self.max_epochs,
             max_steps=self.max_steps,
@@ -116,5 +119,5 @@ class MetaLoop:
             enable_model_summary=self.enable_model_summary,
             log_every_n_steps=self.log_every_n_steps,
             num_sanity_val_steps=self.num_sanity_val_steps,
-            **self._trainer_options,
+            **options,
         )

@@ -188,6 +188,9 @@ class DCOMomentum(Rule):
 
     def project_(self) -> None:
         keep_away_from_zero_(self.scale)
+        with torch.no_grad():
+            for value in self.averaging.values():  # outside [0, 1] the average is none, and it can grow without bound
+                value.clamp_(0, 1)
 
     def describe(self) -> dict[str, float]:
         averaging = torch.cat([value.detach().flatten() for value in self.averaging.values()])

@@ -1,0 +1,1 @@
+"""Studies: fair comparisons of optimizers, from recipe to table and picture."""

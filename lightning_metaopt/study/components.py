@@ -41,7 +41,7 @@ def _parsed(parser: Any, value: Any, where: str) -> Any:
     from jsonargparse import ArgumentError
 
     try:
-        return parser.instantiate_classes(parser.parse_object({"value": copy.deepcopy(value)}))
+        return parser.instantiate(parser.parse_object({"value": copy.deepcopy(value)}))
     except (ArgumentError, ValueError, TypeError) as error:
         raise RecipeError(f"{where}: {error}") from error
 
@@ -84,17 +84,14 @@ def only(options: Mapping[str, Any], known: set[str], where: str) -> None:
 
 def with_shapes(spec: Mapping[str, Any], family: TaskFamily) -> dict[str, Any]:
     """A rule's specification with ``shapes`` filled in from the family, if the rule takes them."""
-    spec = copy.deepcopy(dict(spec))
-    known = {rule.__name__: rule for rule in _subclasses(Rule)}
-    rule = known.get(str(spec.get("class_path", "")).rsplit(".", 1)[-1])
+    filled = copy.deepcopy(dict(spec))
+    name = str(filled.get("class_path", "")).rsplit(".", 1)[-1]
+    rule = next((known for known in _subclasses(Rule) if known.__name__ == name), None)
     if rule is not None and "shapes" in inspect.signature(rule).parameters:
-        shapes = {name: list(shape) for name, shape in family.shapes.items()}
-        spec["init_args"] = {"shapes": shapes, **spec.get("init_args", {})}
-    return spec
+        shapes = {key: list(shape) for key, shape in family.shapes.items()}
+        filled["init_args"] = {"shapes": shapes, **filled.get("init_args", {})}
+    return filled
 
 
-def _subclasses(kind: type[T]) -> list[type[T]]:
-    found = []
-    for subclass in kind.__subclasses__():
-        found += [subclass, *_subclasses(subclass)]
-    return found
+def _subclasses(kind: Any) -> list[Any]:
+    return [found for subclass in kind.__subclasses__() for found in (subclass, *_subclasses(subclass))]

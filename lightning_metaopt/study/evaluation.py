@@ -87,22 +87,25 @@ class TaskEvaluation(Evaluation):
     Args:
         steps: inner steps of a run.
         tasks: problems of a run.
-        report: steps at which the tables give the loss; the last step if empty.
+        report: steps at which the tables give the loss, beside the last one.
         objective: what a search minimises: ``"final"`` (validation loss after the last step) or ``"mean"`` (over the curve).
     """
 
     def __init__(
         self, steps: int = 30, tasks: int = 100, report: list[int] | None = None, objective: Literal["final", "mean"] = "final"
     ) -> None:
-        self.steps, self.tasks, self.objective = steps, tasks, objective
+        if min([steps, tasks]) < 1:
+            raise RecipeError(f"steps and tasks must be at least 1, got {steps} and {tasks}")
+        self.steps, self.tasks = steps, tasks
         self.budget = steps
-        self.report = report or [steps]
-        if max(self.report) > steps or min(self.report) < 0:
-            raise RecipeError(f"evaluation.report names steps outside 0..{steps}: {self.report}")
+        self.objective = f"loss@{steps}" if objective == "final" else "mean loss"
+        self.report = sorted({*(report or []), steps})
+        if self.report[-1] > steps or self.report[0] < 0:
+            raise RecipeError(f"report names steps outside 0..{steps}: {self.report}")
 
     def check(self, candidate: Candidate) -> None:
         if candidate.rule is None:
-            raise RecipeError("TaskEvaluation runs rules; give 'rule' (torch's optimizers have twins: GradientDescent, HeavyBall, ...)")
+            raise RecipeError("TaskEvaluation runs rules: give 'rule' (GradientDescent, HeavyBall, Adam are torch's twins)")
 
     def run(self, family: TaskFamily, candidate: Candidate, rule: Rule | None, seed: int, split: Split) -> Result:
         assert rule is not None
@@ -115,7 +118,7 @@ class TaskEvaluation(Evaluation):
             curve.append((step, _validation(episode)))
         values = [value for _, value in curve]
         scores = {f"loss@{step}": values[step] for step in self.report}
-        scores["final"], scores["mean"] = values[-1], sum(values) / len(values)
+        scores["mean loss"] = sum(values) / len(values)
         return Result({"validation loss": curve}, scores, self.steps, time.perf_counter() - begin)
 
 

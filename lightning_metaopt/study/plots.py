@@ -12,11 +12,12 @@ from typing import Any
 __all__ = ["draw_curves"]
 
 
-def draw_curves(rows: Sequence[Mapping[str, str]], path: Path, title: str) -> None:
+def draw_curves(rows: Sequence[Mapping[str, str]], path: Path, title: str, learned: Sequence[str] = ()) -> None:
     """Draw ``runs.csv``: one panel for each metric, the mean over seeds as a line, their range as a band.
 
-    Methods whose mean leaves the finite numbers, or ends more than 100 times above the best start, are cut at the frame.
+    Ordinary optimizers are dashed, the ``learned`` ones solid. Curves that leave the frame have diverged.
     """
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -27,16 +28,17 @@ def draw_curves(rows: Sequence[Mapping[str, str]], path: Path, title: str) -> No
     for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
         curves = _curves([row for row in rows if row["metric"] == metric])
         for index, (name, points) in enumerate(curves.items()):
-            style = "-" if index < 10 else "--"
-            (handles[name],) = axes.plot(*_columns(points, 1), style, color=f"C{index % 10}", linewidth=1.8, label=name)
+            color = colormaps["tab20"](((index * 2) % 20 + index // 10) / 20 + 0.01)
+            style, width = ("-", 2.0) if name in learned else ("--", 1.4)
+            (handles[name],) = axes.plot(*_columns(points, 1), style, color=color, linewidth=width, label=name)
             steps, low = _columns(points, 0)
-            axes.fill_between(steps, low, _columns(points, 2)[1], color=f"C{index % 10}", alpha=0.15, linewidth=0)
+            axes.fill_between(steps, low, _columns(points, 2)[1], color=color, alpha=0.15, linewidth=0)
         axes.set_xlabel("inner step")
         axes.set_ylabel(metric)
         _frame(axes, curves)
         axes.grid(alpha=0.25)
     figure.suptitle(title)
-    figure.legend(list(handles.values()), list(handles), loc="outside right upper", frameon=False, fontsize=9)
+    figure.legend(list(handles.values()), list(handles), loc="outside right center", frameon=False, fontsize=9)
     figure.savefig(path, dpi=120)
 
 

@@ -67,10 +67,16 @@ def write_results(output: Path, recipe: Recipe, results: Mapping[str, MethodResu
         for seed, rule in result.rules.items():
             provenance = {"recipe": recipe.title, "method": name, "options": result.chosen, "seed": seed, "versions": versions()}
             save_rule(rule, partial / "rules" / f"{_slug(name)}-seed{seed}.safetensors", provenance)
-    record = {"command": command, "versions": versions(), "seeds": recipe.seeds, "tuning_seeds": recipe.tuning_seeds}
+    record: dict[str, Any] = {
+        "command": command,
+        "versions": versions(),
+        "seeds": recipe.seeds,
+        "tuning_seeds": recipe.tuning_seeds,
+    }
     record["sources"] = recipe.evaluation.sources()
+    record["learned"] = [name for name, method in recipe.methods.items() if method.train is not None]
     (partial / "record.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
-    draw_curves(read_rows(partial / "runs.csv"), partial / "curves.png", recipe.title)
+    draw_curves(read_rows(partial / "runs.csv"), partial / "curves.png", recipe.title, record["learned"])
     if output.exists():
         shutil.rmtree(output)
     partial.rename(output)
@@ -169,7 +175,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
 

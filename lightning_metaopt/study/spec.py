@@ -55,8 +55,8 @@ class Method:
         Raises:
             RecipeError: for anything that does not fit.
         """
-        options = deepcopy({"rule": self.rule, "optimizer": self.optimizer, "train": self.train, "trainer": self.trainer})
-        options = {key: part for key, part in options.items() if part is not None}
+        parts = {"rule": self.rule, "optimizer": self.optimizer, "train": self.train, "trainer": self.trainer}
+        options: dict[str, Any] = {key: deepcopy(part) for key, part in parts.items() if part is not None}
         for key, value in trial.items():
             set_option(options, key, value)
         if ("rule" in options) == ("optimizer" in options):

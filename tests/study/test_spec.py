@@ -1,0 +1,55 @@
+import pytest
+import yaml
+
+from lightning_metaopt.study.components import RecipeError, set_option
+from lightning_metaopt.study.spec import Method, Recipe, load_recipe
+
+
+def test_a_recipe_is_read_merged_and_overridden(tmp_path, recipe_file):
+    child = tmp_path / "child.yaml"
+    child.write_text(yaml.safe_dump({"family": {"init_args": {"dim": 5}}, "seeds": [3]}), encoding="utf-8")
+    recipe = load_recipe([str(recipe_file), str(child)], {"evaluation.init_args.tasks": "2", "methods.DCOG.train.val_tasks": "4"})
+    assert (recipe.family.dim, recipe.family.rows, recipe.seeds, recipe.evaluation.tasks) == (5, 6, [3], 2)
+    assert recipe.source["methods"]["DCOG"]["train"]["val_tasks"] == 4
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("famly", 1, "unknown key 'famly'"),
+        ("methods.SGD.rul", {}, "unknown key 'rul' in methods.SGD"),
+        ("methods.SGD.rule.init_args.rate", 1, "(?s)methods.SGD.*rate"),
+        ("methods.SGD.search", {"rule.init_args.lr": [0.1]}, "SGD has 1 trials.* 3"),
+        ("methods.SGD.search", {"rule.init_args.lr": 0.1}, "must be a list"),
+        ("methods.SGD.search", {"rule.init_args.lr": [0.1, "x", 0.2]}, "methods.SGD with"),
+        ("methods.DCOG.train.horizn", 3, "(?s)methods.DCOG.*horizn"),
+        ("methods.DCOG.trainer.max_epoch", 3, "methods.DCOG.*max_epoch"),
+        ("methods.SGD.train", {}, "max_epochs"),
+        ("methods.DCOG.optimizer", {"class_path": "torch.optim.Adam"}, "exactly one"),
+        ("family.init_args.dim", "many", "family"),
+        ("evaluation.init_args.report", [9], "outside 0..5"),
+        ("seeds", [7], "must not be empty and not overlap"),
+        ("seeds", "all", "seeds"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_runs(source, key, value, message):
+    set_option(source, key, value)
+    with pytest.raises(RecipeError, match=message):
+        Recipe.from_source(source)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n"])
+def test_files_that_are_no_recipes_are_named(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError, match="bad.yaml"):
+        load_recipe([str(path)])
+    with pytest.raises(RecipeError, match="cannot read the recipe .*nothere"):
+        load_recipe([str(tmp_path / "nothere.yaml")])
+
+
+def test_a_search_has_all_combinations_and_knows_its_edges():
+    method = Method(rule={}, search={"a": [1, 2, 3], "b": [1, 2]})
+    assert len(method.trials()) == 6
+    assert method.at_edge({"a": 3, "b": 2}) == ["a"]  # two values have no inside
+    assert method.at_edge({"a": 2, "b": 1}) == []

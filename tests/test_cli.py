@@ -1,0 +1,84 @@
+import pytest
+import yaml
+
+from lightning_metaopt.cli import main
+from tests.study.conftest import TINY
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY), encoding="utf-8")
+    return "tiny.yaml"
+
+
+def test_run_writes_a_whole_result_folder_and_never_overwrites(recipe, tmp_path, capsys):
+    assert main(["run", recipe, "--output", "out", "--seeds=[0]"]) == 0
+    assert "SGD" in capsys.readouterr().out
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {"recipe.yaml", "runs.csv", "summary.csv", "summary.md", "tuning.csv", "curves.png", "record.json", "rules"}
+    assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text(encoding="utf-8"))["seeds"] == [0]
+    before = (tmp_path / "out" / "summary.md").read_text(encoding="utf-8")
+    assert main(["run", recipe, "--output", "out"]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (tmp_path / "out" / "summary.md").read_text(encoding="utf-8") == before
+    assert main(["plot", "out", "--output", "again.png"]) == 0
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "out" / "curves.png").read_bytes()
+    assert main(["compare", "out", "out"]) == 0
+    assert capsys.readouterr().out.count("SGD") == 2
+
+
+def test_meta_train_then_evaluate(recipe, tmp_path, capsys):
+    assert main(["meta-train", recipe, "--output", "my.safetensors"]) == 0
+    assert (tmp_path / "my.safetensors").exists()
+    assert main(["evaluate", recipe, "--rule", "my.safetensors"]) == 0
+    assert "loss@5" in capsys.readouterr().out
+    assert main(["meta-train", recipe, "--output", "my.safetensors"]) == 2
+    assert main(["meta-train", recipe, "--method", "SGD", "--output", "other.safetensors"]) == 2
+    assert "DCOG" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run"],
+        ["run", "nothere.yaml"],
+        ["run", "tiny.yaml", "--family.init_args.dimm=3"],
+        ["run", "tiny.yaml", "--family.init_args.dim=x"],
+        ["run", "tiny.yaml", "--trials=4"],
+        ["evaluate", "tiny.yaml", "--rule", "nothere.safetensors"],
+        ["plot", "nothere"],
+        ["compare", "nothere"],
+    ],
+)
+def test_wrong_calls_exit_with_2_and_leave_nothing_behind(recipe, tmp_path, arguments, capsys):
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["run", "tiny.yaml", "--outputt=x"], ["run", "tiny.yaml", "--seeds"]])
+def test_the_parser_exits_with_2(recipe, arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err
+
+
+def test_print_config_shows_the_resolved_recipe(recipe, capsys):
+    assert main(["run", recipe, "--print_config", "--evaluation.init_args.steps", "9"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["evaluation"]["init_args"]["steps"] == 9
+
+
+def test_configs_stack(recipe, tmp_path, capsys):
+    (tmp_path / "child.yaml").write_text("title: child\n", encoding="utf-8")
+    assert main(["run", "--config", recipe, "--config", "child.yaml", "--print_config"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["title"], shown["seeds"]) == ("child", [0, 1])
+
+
+def test_list_names_what_there_is(recipe, capsys):
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    for name in ("DCOMomentum", "LeastSquares", "Unrolled", "validation"):
+        assert name in out
