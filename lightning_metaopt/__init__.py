@@ -2,7 +2,7 @@
 
 from lightning_metaopt import episode, metagrads, objectives, rules, tasks
 from lightning_metaopt.loop import MetaLearner, MetaLoop
-from lightning_metaopt.metagrads import Estimate, ForwardMode, MetaGradient, Unrolled
+from lightning_metaopt.metagrads import Estimate, ForwardMode, MetaGradient, Unrolled, ZerothOrder
 from lightning_metaopt.rule import Rule
 from lightning_metaopt.task import Task, TaskFamily
 
@@ -16,6 +16,7 @@ __all__ = [
     "Task",
     "TaskFamily",
     "Unrolled",
+    "ZerothOrder",
     "episode",
     "metagrads",
     "objectives",
