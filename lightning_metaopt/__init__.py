@@ -4,6 +4,7 @@ from lightning_metaopt import episode, metagrads, objectives, rules, tasks
 from lightning_metaopt.loop import MetaLearner, MetaLoop
 from lightning_metaopt.metagrads import Estimate, ForwardMode, MetaGradient, Unrolled, ZerothOrder
 from lightning_metaopt.rule import Rule
+from lightning_metaopt.storage import load_rule, save_rule
 from lightning_metaopt.task import Task, TaskFamily
 
 __all__ = [
@@ -18,8 +19,10 @@ __all__ = [
     "Unrolled",
     "ZerothOrder",
     "episode",
+    "load_rule",
     "metagrads",
     "objectives",
     "rules",
+    "save_rule",
     "tasks",
 ]
