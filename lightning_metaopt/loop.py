@@ -9,7 +9,8 @@ from typing import Any, Literal
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_metaopt.learner import MetaLearner, refuse_half_precision
+from lightning_metaopt.checks import refuse_half_precision
+from lightning_metaopt.learner import MetaLearner
 from lightning_metaopt.rule import Rule
 
 __all__ = ["MetaLearner", "MetaLoop"]

@@ -124,11 +124,7 @@ class RunningEpisodes:
         self._number = 0  # of the fresh problems
 
     def place(self, device: torch.device, rank: int = 0, world_size: int = 1) -> None:
-        """Say where this process computes and which part of the problems is its own."""
-        if self.size % world_size:
-            raise ValueError(
-                f"tasks={self.size} problems do not split evenly over {world_size} processes; make tasks a multiple of {world_size}"
-            )
+        """Say where this process computes and which part of the problems is its own (all parts have the same size)."""
         own = self.size // world_size
         part = slice(rank * own, (rank + 1) * own)
         if (device, part) != (self._device, self._part):
