@@ -26,11 +26,21 @@ class LeastSquaresTask(Task):
         return {"theta": self.data["start"]}, {}
 
     def loss(self, params: Tree, buffers: Tree, batch: Any) -> Tensor:
+        residual: Tensor
         if "design" in self.shared:
             residual = params["theta"] @ self.shared["design"].mT - batch["target"]
         else:
             residual = torch.bmm(batch["design"], params["theta"].unsqueeze(2)).squeeze(2) - batch["target"]
         return self.weight * residual.square().sum(1)
+
+    def optimum(self) -> Tensor:
+        """The least value :math:`f_i^*`, shape ``(B,)``, by a QR factorization in float64."""
+        design = (self.shared if "design" in self.shared else self.data)["design"].double()
+        target = self.data["target"].double().unsqueeze(2)
+        basis: Tensor = torch.linalg.qr(design).Q  # of the range, if no column depends on the others
+        residual = target - basis @ (basis.mT @ target)
+        least: Tensor = self.weight * residual.square().sum((1, 2))
+        return least.to(self.data["target"].dtype)
 
 
 @final
@@ -50,6 +60,9 @@ class LeastSquares(TaskFamily):
         mean: use the mean over rows instead of the sum.
         design_seed: where the shared :math:`X` and :math:`y` come from.
         double: make the problems in float64.
+
+    >>> LeastSquares(dim=3, rows=5).draw(seed=0, size=2).optimum().shape
+    torch.Size([2])
     """
 
     def __init__(
@@ -57,6 +70,7 @@ class LeastSquares(TaskFamily):
         dim: int = 100,
         rows: int = 100,
         design: str = "fresh",
+        *,
         start_std: float = 0.0,
         mean: bool = False,
         design_seed: int = 0,
@@ -64,6 +78,8 @@ class LeastSquares(TaskFamily):
     ) -> None:
         if design not in ("fresh", "fixed", "shifted"):
             raise ValueError(f"design must be 'fresh', 'fixed' or 'shifted', got {design!r}")
+        if dim < 1 or rows < 1:
+            raise ValueError(f"dim and rows must be at least 1, got {dim} and {rows}")
         self.dim, self.rows, self.design = dim, rows, design
         self.start_std, self.mean, self.design_seed = start_std, mean, design_seed
         self.dtype = torch.float64 if double else torch.float32
