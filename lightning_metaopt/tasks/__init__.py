@@ -2,5 +2,16 @@
 
 from lightning_metaopt.tasks.constrained import NonNegativeLeastSquares, SimplexLeastSquares
 from lightning_metaopt.tasks.convex import LeastSquares
+from lightning_metaopt.tasks.images import ImageClassification, ImageSet
+from lightning_metaopt.tasks.module import ModuleTask
+from lightning_metaopt.tasks.supervised import Supervised
 
-__all__ = ["LeastSquares", "NonNegativeLeastSquares", "SimplexLeastSquares"]
+__all__ = [
+    "ImageClassification",
+    "ImageSet",
+    "LeastSquares",
+    "ModuleTask",
+    "NonNegativeLeastSquares",
+    "SimplexLeastSquares",
+    "Supervised",
+]

@@ -1,0 +1,182 @@
+"""Any module trained on any data set in memory, as a family of problems."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import final
+
+import torch
+from torch import Tensor
+
+from lightning_metaopt.task import Task, TaskFamily
+from lightning_metaopt.tasks.module import Criterion, ModuleTask, resolve_criterion
+from lightning_metaopt.tasks.network import ModuleOrFactory, Network
+from lightning_metaopt.tree import Tree
+
+__all__ = ["Supervised"]
+
+_MIX = 0x1E3779B97F4A7C15  # odd: consecutive steps get unrelated seeds
+_LARGEST_SEED = 2**62 - 1
+
+
+@final
+class MinibatchTask(ModuleTask):
+    """Each problem walks through the rows of the shared data set in its own order, ``data["order"]``, over and over."""
+
+    def batch(self, step: int) -> Tree:
+        order = self.data["order"]
+        places = torch.arange(step * self.samples, (step + 1) * self.samples, device=order.device) % order.shape[1]
+        batch = self._rows(order[:, places])
+        if self.network.random:
+            batch["seed"] = (self.data["seed"] + step * _MIX % _LARGEST_SEED) & _LARGEST_SEED
+        return batch
+
+    def val_batch(self) -> Tree:
+        return self._rows(self.data["held_out"])
+
+    def _rows(self, rows: Tensor) -> Tree:
+        inputs, targets = self.shared["inputs"][rows], self.shared["targets"][rows]
+        if inputs.dtype == torch.uint8:
+            inputs = as_float(inputs, self.network.dtype)
+        if "label_of" in self.data:
+            targets = self.data["label_of"].gather(1, targets)
+        return {"inputs": inputs, "targets": targets}
+
+
+def as_float(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Pixel values 0 to 255 as numbers between 0 and 1."""
+    return images.to(dtype).mul_(1 / 255)
+
+
+@final
+class Supervised(TaskFamily):
+    """Networks trained on one data set: each problem has a fresh network and its own order of minibatches.
+
+    Part of the rows is held out, the same rows for all problems; ``val_loss`` is the loss on a minibatch of these.
+
+    Args:
+        module: what is trained: a module, or a function that builds one (called for every fresh network). It maps a minibatch
+            of ``inputs`` to what ``loss`` takes. Its frozen parameters stay as they are; its buffers belong to each problem.
+        inputs: ``(N, ...)``. ``uint8`` is taken as pixel values and divided by 255.
+        targets: ``(N, ...)``; class numbers ``(N,)`` for ``"cross_entropy"``.
+        loss: ``"cross_entropy"``, ``"mse"``, or a function of ``(outputs, targets)`` that returns the mean over a minibatch.
+        batch_size: rows of one inner step.
+        held_out: fraction of the rows for validation, between 0 and 1; 0 validates on the training rows.
+        val_batch_size: rows of the validation minibatch; default: as ``batch_size``.
+        classes: each problem has this many classes, drawn at random and numbered at random; default: all, as they are.
+        shared_init: all problems start at one point instead of each at its own.
+        init_seed: where that point comes from; ``None`` for the module's own weights.
+        vmap: compute several problems at once; ``False`` for a module that ``torch.vmap`` does not support.
+
+    Raises:
+        ValueError: for data that do not fit together, or a module that cannot be initialised afresh.
+
+    >>> inputs = torch.randn(60, 4)
+    >>> family = Supervised(torch.nn.Linear(4, 1), inputs, inputs[:, :1], loss="mse", batch_size=8)
+    >>> task = family.draw(seed=0, size=3)
+    >>> params, buffers = task.init(torch.Generator().manual_seed(0))
+    >>> params["weight"].shape, task.loss(params, buffers, task.batch(0)).shape
+    (torch.Size([3, 1, 4]), torch.Size([3]))
+    """
+
+    def __init__(
+        self,
+        module: ModuleOrFactory,
+        inputs: Tensor,
+        targets: Tensor,
+        *,
+        loss: str | Criterion = "cross_entropy",
+        batch_size: int = 128,
+        held_out: float = 0.2,
+        val_batch_size: int | None = None,
+        classes: int | None = None,
+        shared_init: bool = False,
+        init_seed: int | None = 0,
+        vmap: bool = True,
+    ) -> None:
+        if len(inputs) != len(targets) or not len(inputs):
+            raise ValueError(f"inputs and targets need the same number of rows, at least 1; got {len(inputs)} and {len(targets)}")
+        if not 0 <= held_out < 1:
+            raise ValueError(f"held_out must be at least 0 and below 1, got {held_out}")
+        self.criterion = resolve_criterion(loss)
+        self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
+        self.shared_init, self.vmap = shared_init, vmap
+        self.classes = classes
+        example = as_float(inputs[:2]) if inputs.dtype == torch.uint8 else inputs[:2]
+        self.network = Network(module, example, init_seed)
+        if inputs.is_floating_point():
+            inputs = inputs.to(self.network.dtype)
+        self.inputs = inputs
+        self.targets = targets.to(self.network.dtype) if targets.is_floating_point() else targets.long()
+        shuffled = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
+        count = round(held_out * len(inputs))
+        self.training_rows = shuffled[count:]
+        self.validation_rows = shuffled[:count] if count else shuffled
+        if not 1 <= batch_size <= len(self.training_rows):
+            raise ValueError(
+                f"batch_size must be between 1 and the {len(self.training_rows)} training rows "
+                f"({len(inputs)} rows less {count} held out), got {batch_size}"
+            )
+        if classes is not None:
+            self._check_classes(classes)
+        if not shared_init:
+            self.network.fresh(0)  # find out now whether the module can be initialised afresh
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self.network.shapes
+
+    def sample(self, generator: torch.Generator, size: int) -> Task:
+        def integers(bound: int, *shape: int) -> Tensor:
+            return torch.randint(bound, shape, generator=generator, device=generator.device).cpu()
+
+        def permutation(n: int) -> Tensor:
+            return torch.randperm(n, generator=generator, device=generator.device).cpu()
+
+        data: Tree = {"seed": integers(_LARGEST_SEED, size)}
+        if self.classes is None:
+            train = [self.training_rows] * size
+            held_out = [self.validation_rows] * size
+        else:
+            chosen = torch.stack([permutation(self.number_of_classes)[: self.classes] for _ in range(size)])
+            places = torch.arange(self.classes).expand(size, -1)
+            data["label_of"] = torch.zeros(size, self.number_of_classes, dtype=torch.long).scatter_(1, chosen, places)
+            train = [self._of_classes(self.training_rows, row) for row in chosen]
+            held_out = [self._of_classes(self.validation_rows, row) for row in chosen]
+        data["order"] = torch.stack([rows[permutation(len(rows))[: self._length]] for rows in train])
+        data["held_out"] = torch.stack([rows[integers(len(rows), self.val_batch_size)] for rows in held_out])
+        return MinibatchTask(
+            data,
+            {"inputs": self.inputs, "targets": self.targets},
+            self.network,
+            self.criterion,
+            samples=self.batch_size,
+            shared_init=self.shared_init,
+            vmap=self.vmap,
+        )
+
+    @property
+    def number_of_classes(self) -> int:
+        """Classes of the whole data set."""
+        return int(self.targets.max()) + 1
+
+    @property
+    def _length(self) -> int:
+        # Rows that every problem has, whichever classes it drew: problems of one family can be joined.
+        if self.classes is None:
+            return len(self.training_rows)
+        return int(self.targets[self.training_rows].bincount().sort().values[: self.classes].sum())
+
+    def _of_classes(self, rows: Tensor, chosen: Tensor) -> Tensor:
+        return rows[torch.isin(self.targets[rows], chosen)]
+
+    def _check_classes(self, classes: int) -> None:
+        if self.targets.is_floating_point() or self.targets.dim() != 1:
+            raise ValueError("classes needs targets that are class numbers of shape (N,)")
+        if not 1 <= classes <= self.number_of_classes:
+            raise ValueError(f"classes must be between 1 and {self.number_of_classes}, got {classes}")
+        held = self.targets[self.validation_rows].bincount(minlength=self.number_of_classes)
+        if int(held.min()) == 0:
+            raise ValueError(f"no row of class {int(held.argmin())} is held out for validation; increase held_out")
+        if self._length < self.batch_size:
+            raise ValueError(f"{classes} classes have only {self._length} training rows, fewer than batch_size={self.batch_size}")
