@@ -142,38 +142,6 @@ def test_solvers_in_twenty_dimensions(solver, mode, constraint):
     agree(closed, program, 20, TOLERANCE[solver, mode])
 
 
-def test_closed_forms_are_the_slow_loops():
-    grads, params = trees(5)
-    shapes = shapes_of(5)
-    gradient, momentum, general = DCOGradient(shapes), DCOMomentum(shapes), DCOGeneralDescent(shapes)
-    for rule in (gradient, momentum, general):
-        rule.double()
-        with torch.no_grad():
-            for value in rule.parameters():
-                value.copy_(torch.rand(value.shape) + 0.5)
-    state = momentum.init(params)
-    for factor in (1.0, -0.5):
-        scaled = {name: factor * g for name, g in grads.items()}
-        average = state["average"]
-        fresh = factor == 1.0
-        updates, state = momentum(scaled, state, params)
-        for name, shape in shapes.items():
-            for b in range(4):
-                for i in range(torch.zeros(shape).numel()):
-                    g, m = scaled[name][b].flatten()[i], momentum.averaging[name].flatten()[i]
-                    s = g if fresh else m * g + (1 - m) * average[name][b].flatten()[i]
-                    step = -s / momentum.scale[name].flatten()[i] ** 2
-                    assert updates[name][b].flatten()[i].item() == pytest.approx(step.item(), rel=1e-12)
-                    if fresh:
-                        plain = gradient(grads, {}, params)[0][name][b].flatten()[i]
-                        assert plain.item() == pytest.approx((-g / gradient.scale[name].flatten()[i] ** 2).item(), rel=1e-12)
-    updates, _ = general(grads, {}, params)
-    for b in range(4):
-        flat = torch.cat([grads["a"][b].flatten(), grads["b"][b].flatten()])
-        step = torch.stack([-sum(general.matrix[i, j] * flat[j] for j in range(5)) for i in range(5)])
-        assert torch.allclose(torch.cat([updates["a"][b].flatten(), updates["b"][b].flatten()]), step, rtol=1e-12)
-
-
 def test_polytope_against_its_optimality_conditions_and_finite_differences():
     n, shapes = 4, {"theta": (4,)}
     generator = torch.Generator().manual_seed(1)
