@@ -256,7 +256,10 @@ def test_second_order_forward_mode_and_transforms_are_refused():
     updates, _ = rule(grads, {}, params)
     with pytest.raises(RuntimeError, match=r"second derivative.*DCOGradient"):
         torch.autograd.grad(updates["w"].square().sum(), rule.phi["scale"], create_graph=True)
-    torch.autograd.grad(updates["w"].square().sum(), rule.phi["scale"])  # the graph is still good for a first derivative
+    value = updates["w"].square().sum()  # the graph is still good for a first derivative, and for another
+    one, again = (torch.autograd.grad(value, rule.phi["scale"], retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(one, again)
+    assert one.abs().min() > 0
     for enabled in (True, False):
         with torch.autograd.forward_ad.dual_level(), torch.set_grad_enabled(enabled):
             dual = {"w": torch.autograd.forward_ad.make_dual(grads["w"], torch.ones(2, 3))}
