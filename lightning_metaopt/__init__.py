@@ -3,6 +3,7 @@
 from lightning_metaopt import episode, metagrads, objectives, rules, tasks
 from lightning_metaopt.loop import MetaLearner, MetaLoop
 from lightning_metaopt.metagrads import Estimate, ForwardMode, MetaGradient, Unrolled, ZerothOrder
+from lightning_metaopt.optimizer import LearnedOptimizer
 from lightning_metaopt.rule import Rule
 from lightning_metaopt.storage import load_rule, save_rule
 from lightning_metaopt.task import Task, TaskFamily
@@ -10,6 +11,7 @@ from lightning_metaopt.task import Task, TaskFamily
 __all__ = [
     "Estimate",
     "ForwardMode",
+    "LearnedOptimizer",
     "MetaGradient",
     "MetaLearner",
     "MetaLoop",
