@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -15,7 +14,6 @@ from lightning_metaopt.tasks.supervised import Supervised
 __all__ = ["ImageClassification", "ImageSet"]
 
 
-@dataclass
 class ImageSet:
     """Labelled images in memory.
 
@@ -28,16 +26,13 @@ class ImageSet:
         ValueError: for shapes that do not fit.
     """
 
-    images: Tensor
-    labels: Tensor
-    source: str = "tensors"
-
-    def __post_init__(self) -> None:
-        if self.images.dim() != 4 or self.labels.shape != self.images.shape[:1]:
+    def __init__(self, images: Tensor, labels: Tensor, source: str = "tensors") -> None:
+        if images.dim() != 4 or labels.shape != images.shape[:1]:
             raise ValueError(
                 "images must have shape (N, channels, height, width) and labels (N,), got "
-                f"{tuple(self.images.shape)} and {tuple(self.labels.shape)}"
+                f"{tuple(images.shape)} and {tuple(labels.shape)}"
             )
+        self.images, self.labels, self.source = images, labels, source
 
     def __len__(self) -> int:
         return len(self.labels)

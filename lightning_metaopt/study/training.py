@@ -1,0 +1,99 @@
+"""Judging an optimizer by what it is for: training an ordinary LightningModule."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+
+from lightning_metaopt.callbacks import SwapOptimizer
+from lightning_metaopt.rule import Rule
+from lightning_metaopt.study.components import RecipeError
+from lightning_metaopt.study.evaluation import Candidate, Evaluation, Result, Split, stream
+from lightning_metaopt.task import TaskFamily
+
+__all__ = ["TrainerEvaluation"]
+
+
+@final
+class TrainerEvaluation(Evaluation):
+    """Trains a fresh copy of a LightningModule with each optimizer, then tests it.
+
+    The runs of one seed differ in nothing but the optimizer: same initial weights, same order of the data. A rule comes
+    in through :class:`~lightning_metaopt.SwapOptimizer`; the module is not touched.
+
+    Args:
+        module: makes the module, a class_path with init_args.
+        data: makes the data module of the final runs.
+        tune_data: makes the data module of searches; its problems must be others.
+        steps: optimizer steps of a run.
+        smooth: training losses are averaged over so many steps for the curve, and for the last figure.
+        objective: the score that a search minimises: ``"mean training loss"`` (over the run), ``"last training loss"``,
+            or whatever the module logs in its test step.
+        trainer: further arguments of the ``Trainer``.
+    """
+
+    def __init__(
+        self,
+        module: Callable[[], LightningModule],
+        data: Callable[[], LightningDataModule],
+        tune_data: Callable[[], LightningDataModule],
+        steps: int = 200,
+        smooth: int = 10,
+        objective: str = "mean training loss",
+        trainer: dict[str, Any] | None = None,
+    ) -> None:
+        if steps < smooth or steps % smooth:
+            raise RecipeError(f"smooth must divide steps, got {smooth} and {steps}")
+        self.module, self.data, self.tune_data = module, data, tune_data
+        self.steps, self.smooth, self.objective = steps, smooth, objective
+        self.trainer = trainer or {}
+        self.budget = steps
+
+    def check(self, candidate: Candidate) -> None:
+        if candidate.rule is None:
+            assert candidate.optimizer is not None
+            candidate.optimizer([torch.nn.Parameter(torch.zeros(1))])
+
+    def sources(self) -> dict[str, str]:
+        made = {"training and test": self.data(), "search": self.tune_data()}
+        return {role: str(getattr(data, "source", type(data).__name__)) for role, data in made.items()}
+
+    def run(self, family: TaskFamily, candidate: Candidate, rule: Rule | None, seed: int, split: Split) -> Result:
+        begin = time.perf_counter()
+        seed_everything(stream(split, seed) % 2**32, verbose=False)
+        data = self.data() if split == "test" else self.tune_data()
+        module = self.module()
+        record = _TrainingLoss()
+        callbacks: list[Callback] = [record]
+        if rule is not None:
+            callbacks.append(SwapOptimizer(rule))
+        else:
+            make = candidate.optimizer
+            assert make is not None
+            # As LightningCLI does: the instance's method, so that any module can be given any optimizer.
+            module.configure_optimizers = lambda: make(module.parameters())  # type: ignore[method-assign]
+        options = {"accelerator": "auto", "devices": 1, "logger": False, "enable_checkpointing": False, **self.trainer}
+        options |= {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0, "limit_val_batches": 0}
+        trainer = Trainer(max_steps=self.steps, max_epochs=-1, callbacks=callbacks, **options)
+        trainer.fit(module, datamodule=data)
+        scores = dict(trainer.test(module, datamodule=data, verbose=False)[0])
+        losses = record.losses
+        scores["mean training loss"] = sum(losses) / len(losses)
+        scores["last training loss"] = sum(losses[-self.smooth :]) / self.smooth
+        if self.objective not in scores:
+            raise RecipeError(f"objective {self.objective!r} is none of the scores: {', '.join(scores)}")
+        means = torch.tensor(losses).view(-1, self.smooth).mean(1).tolist()
+        curve = [((index + 1) * self.smooth, value) for index, value in enumerate(means)]
+        return Result({"training loss": curve}, scores, self.steps, time.perf_counter() - begin)
+
+
+class _TrainingLoss(Callback):
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.losses.append(float(outputs["loss"] if isinstance(outputs, dict) else outputs))
