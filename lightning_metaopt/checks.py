@@ -1,15 +1,22 @@
-"""What meta-training refuses, before it begins."""
+"""What meta-training refuses before it begins, and what it has to know about a ``Trainer``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["check_checkpoint", "check_processes", "check_sizes", "refuse_half_precision", "refuse_sharding"]
+__all__ = ["check_checkpoint", "check_processes", "check_sizes", "refuse_half_precision", "refuse_sharding", "validation_is_due"]
 
 
 def check_sizes(
-    *, tasks: int, pool: int | None, horizon: int | None, inner_steps: int, steps_per_epoch: int | None, val_tasks: int
+    *,
+    tasks: int,
+    pool: int | None,
+    horizon: int | None,
+    inner_steps: int,
+    steps_per_epoch: int | None,
+    val_tasks: int,
+    guard_factor: float | None,
 ) -> None:
     """Raise for sizes that are too small or do not divide each other."""
     if tasks < 1 or val_tasks < 0 or (steps_per_epoch is not None and steps_per_epoch < 1):
@@ -24,6 +31,8 @@ def check_sizes(
             "horizon must be a multiple of the inner steps of a meta-step: "
             f"{horizon} steps do not split into unrolls of {inner_steps}"
         )
+    if guard_factor is not None and not guard_factor > 1:
+        raise ValueError(f"guard_factor must be larger than 1, got {guard_factor}")
 
 
 def check_processes(tasks: int, val_tasks: int, world_size: int) -> None:
@@ -71,3 +80,16 @@ def refuse_sharding(strategy: Any) -> None:
             f"{type(strategy).__name__} splits the rule over processes, but every process needs the whole rule for its inner "
             "loop. Use strategy='ddp': it splits the problems, which are what takes memory"
         )
+
+
+def validation_is_due(trainer: Any) -> bool:
+    """Whether the ``Trainer`` validates right after the current batch.
+
+    A checkpoint that is saved between such a batch and its validation is resumed by Lightning without the validation.
+    """
+    if trainer.state.fn != "fit" or not trainer.enable_validation or not isinstance(trainer.val_check_batch, int):
+        return False
+    epochs = trainer.check_val_every_n_epoch
+    if epochs is None:
+        return bool((trainer.fit_loop.total_batch_idx + 1) % trainer.val_check_batch == 0)
+    return bool((trainer.fit_loop.batch_idx + 1) % trainer.val_check_batch == 0 and (trainer.current_epoch + 1) % epochs == 0)

@@ -14,7 +14,14 @@ from torch.nn.utils import get_total_norm
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_metaopt.checks import check_checkpoint, check_processes, check_sizes, refuse_half_precision, refuse_sharding
+from lightning_metaopt.checks import (
+    check_checkpoint,
+    check_processes,
+    check_sizes,
+    refuse_half_precision,
+    refuse_sharding,
+    validation_is_due,
+)
 from lightning_metaopt.guard import Best, too_large
 from lightning_metaopt.held_out import HeldOut
 from lightning_metaopt.ledger import Cost, Ledger
@@ -60,7 +67,7 @@ class MetaLearner(LightningModule):
             ``None`` guards against non-finite values only.
 
     Attributes:
-        best: the best meta-parameters by validation loss (without validation: of the last finished epoch).
+        best: the best meta-parameters by validation loss (without validation: those of ``steps_per_epoch`` meta-steps ago at most).
         held_out: the validation and test problems.
 
     Raises:
@@ -99,9 +106,8 @@ class MetaLearner(LightningModule):
             inner_steps=metagrad.inner_steps,
             steps_per_epoch=steps_per_epoch,
             val_tasks=val_tasks,
+            guard_factor=guard_factor,
         )
-        if guard_factor is not None and not guard_factor > 1:
-            raise ValueError(f"guard_factor must be larger than 1, got {guard_factor}")
         if next(rule.parameters(), None) is None:
             raise ValueError(f"{type(rule).__name__} has no parameters: there is nothing to meta-learn")
         self.rule = rule
@@ -110,15 +116,16 @@ class MetaLearner(LightningModule):
         self.objective = resolve_objective(objective)
         self.optimizer = optimizer
         self.scheduler = scheduler
-        self.tasks, self.pool, self.val_tasks, self.seed, self.guard_factor = tasks, pool, val_tasks, seed, guard_factor
+        self.tasks, self.val_tasks, self.guard_factor = tasks, val_tasks, guard_factor
+        self._drawn_from = {"tasks": tasks, "pool": pool, "seed": seed}
         lanes = None if pool is None else pool // tasks
         self.steps_per_epoch = steps_per_epoch or lanes or 100
         self.episodes = RunningEpisodes(family, tasks, lanes, horizon, seed)
         self.held_out = HeldOut(family, seed, val_tasks, val_steps or horizon or metagrad.inner_steps)
         self.ledger = Ledger()
         self.best = Best()
-        self._validated = -1
         self._latest: dict[str, Tensor] = {}
+        self._validation_due = False
 
     @property
     def cost(self) -> Cost:
@@ -134,8 +141,6 @@ class MetaLearner(LightningModule):
     def val_curve(self) -> list[float]:
         """Mean training loss of the held-out problems at inner steps 0 to ``val_steps``, at the latest validation."""
         return self.ledger.val_curve
-
-    # -- what Lightning asks for -----------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.rule.parameters())
@@ -168,13 +173,13 @@ class MetaLearner(LightningModule):
     def on_train_start(self) -> None:
         self.episodes.place(self.device, self.trainer.global_rank, self.trainer.world_size)
         self.ledger.start_clock()
-        if self.best.phi:  # resumed
-            return
-        if self.val_tasks:
+        first = not self.best.phi
+        if self.val_tasks and (first or self._validation_due):
             with self.trainer.precision_plugin.val_step_context():
                 self._validate()
-        else:
+        elif first:
             self.best.offer(self.rule, math.inf, 0)
+        self._validation_due = False
 
     def training_step(self, batch: int, batch_idx: int) -> Tensor:
         estimate = self.metagrad(self.rule, self.episodes.current(self.rule, batch), self.objective)
@@ -197,25 +202,22 @@ class MetaLearner(LightningModule):
             optimizer.zero_grad(set_to_none=True)  # the step that follows does nothing
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        # All that belongs to a meta-step happens here, before callbacks may save a checkpoint of it.
         super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             self.rule.project_()
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.ledger.tick()
-        trainer: Any = self.trainer  # sets this attribute where type checkers do not see it
-        every = trainer.log_every_n_steps
-        if every and self.global_step and self.global_step % every == 0:
-            for name, value in self._record().items():
+        trainer: Any = self.trainer  # sets log_every_n_steps where type checkers do not see it
+        step = self.global_step + 1  # Lightning counts when this returns
+        if trainer.log_every_n_steps and step % trainer.log_every_n_steps == 0:
+            for name, value in self._record(step).items():
                 self.log(name, value, batch_size=self.tasks)
-
-    def on_train_epoch_end(self) -> None:
-        if not self.val_tasks and math.isfinite(float(self._latest.get("grad_norm", math.nan))):
-            self.best.offer(self.rule, math.inf, self.global_step)
+        if not self.val_tasks and step % self.steps_per_epoch == 0:
+            self.best.offer(self.rule, math.inf, step)
 
     def on_train_end(self) -> None:
-        # The last meta-steps may lie after the last validation.
-        if self.val_tasks and self._validated < self.global_step:
+        # The last meta-steps may have come after the last validation.
+        if self.val_tasks and not self.ledger.has("val_loss", self.global_step):
             with self.trainer.precision_plugin.val_step_context():
                 self._validate()
         self.ledger.tick()
@@ -231,8 +233,6 @@ class MetaLearner(LightningModule):
     def on_validation_end(self) -> None:
         self.ledger.tick()
 
-    # -- checkpoints -----------------------------------------------------------------------------------------------
-
     def get_extra_state(self) -> dict[str, Any]:
         return {"best": self.best.state_dict(), "ledger": self.ledger.state_dict()}
 
@@ -244,20 +244,17 @@ class MetaLearner(LightningModule):
         # Called in every process, so that all of them can hand in their part of the episodes.
         checkpoint[KEY] = {
             "format": FORMAT,
-            "drawn": self._drawn_from(),
+            "drawn": self._drawn_from,
             "episodes": self.episodes.state_dict(self._gather),
             "metagrad": self.metagrad.state_dict(),
+            "validation_due": validation_is_due(self.trainer) and not self.ledger.has("val_loss", self.global_step),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = check_checkpoint(checkpoint.get(KEY), FORMAT, self._drawn_from())
+        state = check_checkpoint(checkpoint.get(KEY), FORMAT, self._drawn_from)
         self.episodes.load_state_dict(state["episodes"])
         self.metagrad.load_state_dict(state["metagrad"])
-
-    # -- helpers ---------------------------------------------------------------------------------------------------
-
-    def _drawn_from(self) -> dict[str, int | None]:
-        return {"tasks": self.tasks, "pool": self.pool, "seed": self.seed}
+        self._validation_due = state["validation_due"]
 
     def _gather(self, leaf: Tensor) -> Tensor:
         gathered = self.trainer.strategy.all_gather(leaf.contiguous())
@@ -277,15 +274,14 @@ class MetaLearner(LightningModule):
 
     def _validate(self) -> float:
         value = self._evaluate("validation")
-        self._record(val_loss=value)
-        self._validated = self.global_step
+        self._record(self.global_step, val_loss=value)
         if too_large(value, self.best.value, self.guard_factor or math.inf) and self.best.phi:
             self._restore(f"the validation loss is {value:.3g} (best: {self.best.value:.3g})")
         else:
             self.best.offer(self.rule, value, self.global_step)
         return value
 
-    def _record(self, **extra: float) -> dict[str, float]:
+    def _record(self, step: int, **extra: float) -> dict[str, float]:
         row = {f"rule/{name}": value for name, value in self.rule.describe().items()}
         row["cost/gradient_evaluations"] = float(self.cost.gradient_evaluations)
         row["cost/seconds"] = self.cost.seconds
@@ -293,7 +289,7 @@ class MetaLearner(LightningModule):
         if self._latest:
             extra["meta_loss"] = float(self._reduce(self._latest["meta_loss"], "mean"))
             extra["grad_norm"] = float(self._latest.get("grad_norm", math.nan))
-        self.ledger.write(self.global_step, {**extra, **row})
+        self.ledger.write(step, {**extra, **row})
         return row
 
     def _restore(self, reason: str) -> None:

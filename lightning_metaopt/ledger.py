@@ -56,6 +56,10 @@ class Ledger:
             self.history.append({"step": step})
         self.history[-1].update(figures)
 
+    def has(self, figure: str, step: int) -> bool:
+        """Whether the latest row is that of ``step`` and has this figure."""
+        return bool(self.history) and self.history[-1]["step"] == step and figure in self.history[-1]
+
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and numbers."""
         return {"cost": asdict(self.cost), "history": [dict(row) for row in self.history], "val_curve": list(self.val_curve)}
