@@ -66,7 +66,8 @@ class ConvexProgram(Rule):
         RuntimeError: in a step: see :class:`~lightning_metaopt.rules.solver.SolverLayer`. First derivatives in reverse mode only.
 
     A deep copy shares the compiled program. Pickling works where the functions in ``inputs`` and ``state`` can be pickled (named
-    functions, not lambdas). ``config`` rebuilds the ready-made programs; your own problem is code, which you pass again.
+    functions, not lambdas). A rule file rebuilds the ready-made programs; your own problem is code, which you pass again:
+    ``load_rule(path, problem=..., variable=..., phi=..., inputs=..., state=...)``.
 
     >>> import cvxpy as cp
     >>> theta, gradient, target = cp.Variable(2), cp.Parameter(2, name="gradient"), cp.Parameter(2, name="target")
@@ -99,8 +100,9 @@ class ConvexProgram(Rule):
         super().__init__()
         if problem is None:
             raise ValueError(
-                "this ConvexProgram was made from a cvxpy problem, which is code and not stored with the rule; make the rule "
-                "again with ConvexProgram(problem, ...) and load its meta-parameters with load_state_dict"
+                "this ConvexProgram was made from a cvxpy problem, which is code and not stored with the rule; pass what it was "
+                "made of again: load_rule(path, problem=..., variable=..., phi=..., inputs=..., state=...), or make the rule as "
+                "before and use load_state_dict"
             )
         self.layout = Layout.of(shapes)
         self.preset = dict(problem) if isinstance(problem, Mapping) else None
@@ -177,6 +179,7 @@ class ConvexProgram(Rule):
         return {
             "problem": self.preset,
             "shapes": self.shapes,
+            "returns": self.returns,
             "normalize": self.normalize,
             "solver": self.solver.solver,
             "solver_options": self.solver.options,

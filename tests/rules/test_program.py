@@ -26,6 +26,7 @@ from lightning_metaopt.rules import (
     Simplex,
     TrustRegion,
 )
+from lightning_metaopt.storage import RuleFileError, load_rule, save_rule
 from lightning_metaopt.tasks import LeastSquares
 
 cp = pytest.importorskip("cvxpy")
@@ -211,6 +212,20 @@ def test_own_program():
         rule.phi["scale"].fill_(-1.0)
     rule.project_()
     assert (rule.phi["scale"] > 0).all()
+
+
+def test_own_program_from_a_rule_file(tmp_path):
+    rule = ConvexProgram(**own_program())
+    with torch.no_grad():
+        rule.phi["decay"].fill_(0.25)
+    save_rule(rule, tmp_path / "rule.safetensors")
+    with pytest.raises(RuleFileError, match=r"problem=\.\.\., variable="):
+        load_rule(tmp_path / "rule.safetensors")
+    again = load_rule(tmp_path / "rule.safetensors", **own_program())
+    params = {"w": torch.ones(2, 3)}
+    one, other = (r(params, r.init(params), params)[0]["w"] for r in (rule, again))
+    assert torch.equal(one, other)
+    assert again.phi["decay"] == 0.25
 
 
 def test_domains_from_the_attributes_of_parameters():
