@@ -1,6 +1,7 @@
 """Learned optimizers and meta-learning for PyTorch Lightning."""
 
 from lightning_metaopt import episode, metagrads, objectives, rules, tasks
+from lightning_metaopt.callbacks import SwapOptimizer
 from lightning_metaopt.loop import MetaLearner, MetaLoop
 from lightning_metaopt.metagrads import Estimate, ForwardMode, MetaGradient, Unrolled, ZerothOrder
 from lightning_metaopt.optimizer import LearnedOptimizer
@@ -16,6 +17,7 @@ __all__ = [
     "MetaLearner",
     "MetaLoop",
     "Rule",
+    "SwapOptimizer",
     "Task",
     "TaskFamily",
     "Unrolled",

@@ -105,12 +105,14 @@ class LearnedOptimizer(Optimizer):
             names: names of the parameters, for groups that have none.
 
         Raises:
-            ValueError: if ``optimizer`` maximises, or its learning rate is 0.
+            ValueError: if ``optimizer`` maximises, or has no positive learning rate.
         """
         groups, names = optimizer.param_groups, names or {}
         for group in groups:
             if group.get("maximize"):
                 raise ValueError("an optimizer with maximize=True cannot be replaced: rules minimise; negate the loss instead")
+            if "lr" not in group:
+                raise ValueError(f"{type(optimizer).__name__} has no learning rate; let configure_optimizers return one that has")
             group["lr_unit"] = float(group.get("max_lr", group.get("initial_lr", group["lr"])) if lr_unit is None else lr_unit)
             if weight_decay is not None:
                 group["weight_decay"] = weight_decay
@@ -123,6 +125,7 @@ class LearnedOptimizer(Optimizer):
             for group in unnamed:  # as their owner made them, so that he can add further groups without names
                 group.pop("param_names", None)
         new.param_groups = groups
+        new.defaults.update({key: optimizer.defaults.get(key, groups[0][key]) for key in ("lr", "weight_decay", "lr_unit")})
         new._names = {**names, **new._names}
         return new
 
@@ -157,12 +160,9 @@ class LearnedOptimizer(Optimizer):
             taken.add(label)
             self._names[param] = label
 
-    def _parameters(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
-
     def _match(self) -> None:
         # Which entry of the rule belongs to which parameter.
-        shapes, params = self.rule.shapes, self._parameters()
+        shapes, params = self.rule.shapes, [p for group in self.param_groups for p in group["params"]]
         if shapes is None or any(is_lazy(p) for p in params):
             return
         try:
@@ -232,7 +232,7 @@ class LearnedOptimizer(Optimizer):
 
     def _place(self) -> tuple[torch.device, torch.dtype]:
         # Bring phi to the parameters' device, and to the precision in which the rule computes.
-        params = self._parameters()
+        params = [p for group in self.param_groups for p in group["params"]]
         device = params[0].device
         for param in params:
             if param.device != device:
@@ -278,7 +278,7 @@ class LearnedOptimizer(Optimizer):
         def after(_: Optimizer) -> None:
             # torch casts state to the parameters' precision and leaves "step" on the CPU; take it as it was saved.
             numbers = [number for group in found["param_groups"] for number in group["params"]]
-            for param, number in zip(self._parameters(), numbers, strict=True):
+            for param, number in zip((p for group in groups for p in group["params"]), numbers, strict=True):
                 if number in found["state"]:
                     self.state[param] = {key: leaf.to(param.device, copy=True) for key, leaf in found["state"][number].items()}
             for group, loaded in zip(groups, self.param_groups, strict=True):

@@ -1,0 +1,5 @@
+"""Lightning callbacks; all of them work on unchanged modules."""
+
+from lightning_metaopt.callbacks.swap import SwapOptimizer
+
+__all__ = ["SwapOptimizer"]

@@ -1,0 +1,324 @@
+"""SwapOptimizer in the Trainers of both packages, against the same training with an optimizer of torch."""
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch
+import pytest
+import torch
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_metaopt as lmo
+
+PACKAGES = ["lightning.pytorch", "pytorch_lightning"]
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+    "log_every_n_steps": 1,
+}
+
+
+def loader() -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(24, 3, generator=generator)
+    return DataLoader(TensorDataset(x, x.sum(1, keepdim=True).sin()), batch_size=4)
+
+
+def module(package: str, configure: Callable[[Any], Any], manual: bool = False) -> Any:
+    """A LightningModule of one of the packages."""
+    base = pytest.importorskip(package).LightningModule
+
+    class Net(base):  # type: ignore[misc, valid-type]  # the base is chosen at run time
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.body = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+            self.automatic_optimization = not manual
+            self.rates: list[float] = []
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = (self.body(batch[0]) - batch[1]).square().mean()
+            if manual:
+                optimizers = self.optimizers()
+                for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+                    optimizer.zero_grad()
+                self.manual_backward(loss)
+                for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+                    optimizer.step()
+            self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            return configure(self)
+
+    return Net()
+
+
+def fit(net: Any, package: str = PACKAGES[0], callbacks: list[Any] | None = None, ckpt: str | None = None, **options: Any) -> Any:
+    options = {**QUIET, "max_epochs": 2, **options}
+    trainer = pytest.importorskip(package).Trainer(callbacks=callbacks or [], **options)
+    trainer.fit(net, loader(), ckpt_path=ckpt)
+    return trainer
+
+
+def sgd(lr: float = 0.05, **options: Any) -> Callable[[Any], Any]:
+    return lambda self: torch.optim.SGD(self.parameters(), lr, **options)
+
+
+def assert_equal(left: nn.Module, right: nn.Module, tolerance: float = 0.0) -> None:
+    for a, b in zip(left.parameters(), right.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def momentum() -> lmo.SwapOptimizer:
+    return lmo.SwapOptimizer(lmo.rules.HeavyBall(0.05, 0.9))
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulate": {"accumulate_grad_batches": 4},
+    "clip": {"gradient_clip_val": 0.1},
+    "bf16-mixed": {"precision": "bf16-mixed"},
+    "bf16-true": {"precision": "bf16-true"},
+    "64-true": {"precision": "64-true"},
+}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("way", WAYS)
+def test_trains_as_torch_does(way: str, package: str) -> None:
+    plain, swapped = module(package, sgd(momentum=0.9)), module(package, sgd(lr=3.0))
+    fit(plain, package, **WAYS[way])
+    trainer = fit(swapped, package, [momentum()], **WAYS[way])
+    assert isinstance(trainer.optimizers[0], lmo.LearnedOptimizer)
+    assert_equal(plain, swapped, 2e-2 if way == "bf16-true" else 1e-5)
+    with pytest.raises(AssertionError):
+        assert_equal(swapped, module(package, sgd()).to(swapped.dtype), 1e-3)  # it has moved at all
+
+
+def test_grad_scaler_and_its_skipped_steps() -> None:
+    plain, swapped = module(PACKAGES[0], sgd(momentum=0.9)), module(PACKAGES[0], sgd())
+    for net, callbacks in ((plain, []), (swapped, [momentum()])):
+        # the first steps overflow in half precision: the scaler skips them
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+        fit(net, callbacks=callbacks, plugins=[MixedPrecision("16-mixed", device="cpu", scaler=scaler)], gradient_clip_val=1.0)
+        assert scaler.get_scale() < 2.0**24
+    assert_equal(plain, swapped, 1e-5)
+    assert swapped.trainer.optimizers[0].skipped_steps == 0
+
+
+def with_schedule(lr: float, **options: Any) -> Callable[[Any], Any]:
+    def configure(self: Any) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr, **options)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=12)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    return configure
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("manual", [False, True])
+def test_schedulers_keep_acting_and_do_not_warn(package: str, manual: bool) -> None:
+    plain = module(package, with_schedule(0.05))
+    swapped = module(package, with_schedule(0.7), manual=manual)
+    fit(plain, package)
+    if manual:  # the module steps its schedulers itself
+
+        def step(*_: Any) -> None:
+            swapped.lr_schedulers().step()
+
+        swapped.on_train_batch_end = step
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fit(swapped, package, [lmo.SwapOptimizer(lmo.rules.GradientDescent(0.05))])
+    assert_equal(plain, swapped, 1e-6)
+    assert swapped.rates[0] == 0.7
+    assert swapped.rates[-1] < 0.1
+
+
+def test_one_cycle_peaks_at_the_rule_as_trained() -> None:
+    def configure(self: Any) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3, fused=True)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=12)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    net = module(PACKAGES[0], configure)
+    trainer = fit(net, callbacks=[momentum()])
+    group = trainer.optimizers[0].param_groups[0]
+    assert group["lr_unit"] == 0.2
+    assert max(net.rates) == pytest.approx(0.2, rel=0.1)
+    assert net.rates[0] == pytest.approx(0.2 / 25)
+
+
+def test_lr_unit_weight_decay_and_guard() -> None:
+    def configure(self: Any) -> Any:
+        decayed, others = list(self.body[0].parameters()), list(self.body[2].parameters())
+        groups = [{"params": decayed, "weight_decay": 0.5}, {"params": others, "lr": 0.02}]
+        return torch.optim.SGD(groups, lr=0.01)
+
+    plain, swapped = module(PACKAGES[0], configure), module(PACKAGES[0], configure)
+    fit(plain)
+    # with lr_unit the steps are lr / lr_unit * 0.05 = lr here
+    fit(swapped, callbacks=[lmo.SwapOptimizer(lmo.rules.GradientDescent(0.05), lr_unit=0.05)])
+    assert_equal(plain, swapped, 1e-6)
+    bare, reference = module(PACKAGES[0], configure), module(PACKAGES[0], sgd(0.05))
+    fit(bare, callbacks=[lmo.SwapOptimizer(lmo.rules.GradientDescent(0.05), weight_decay=0.0)])
+    fit(reference)
+    assert_equal(bare, reference, 1e-6)
+    slow = module(PACKAGES[0], configure)
+    before = torch.cat([p.detach().flatten() for p in slow.parameters()]).clone()
+    fit(slow, callbacks=[lmo.SwapOptimizer(lmo.rules.GradientDescent(5.0), weight_decay=0.0, max_update_norm=1e-3)], max_steps=1)
+    after = torch.cat([p.detach().flatten() for p in slow.parameters()])
+    assert float((after - before).norm()) == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_resume_is_exact(package: str, tmp_path: Any) -> None:
+    callbacks = pytest.importorskip(package).callbacks
+    saving = {"enable_checkpointing": True, "default_root_dir": tmp_path}
+
+    def saver(name: str) -> Any:
+        return callbacks.ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=6, filename=name + "{step}", save_top_k=-1)
+
+    straight, broken, resumed = (module(package, with_schedule(0.3)) for _ in range(3))
+    whole = fit(straight, package, [lmo.SwapOptimizer(lmo.rules.Adam(0.02))], max_epochs=3)
+    fit(broken, package, [lmo.SwapOptimizer(lmo.rules.Adam(0.02)), saver("at-")], max_epochs=2, **saving)
+    # what counts is the phi in the checkpoint
+    again = [lmo.SwapOptimizer(lmo.rules.Adam(0.5)), saver("again-")]
+    part = fit(resumed, package, again, ckpt=str(tmp_path / "at-step=6.ckpt"), max_epochs=3, **saving)
+    assert straight.rates[6:] == resumed.rates
+    assert_equal(straight, resumed)
+    one, two = whole.optimizers[0].state_dict(), part.optimizers[0].state_dict()
+    assert all(torch.equal(one["state"][i][key], two["state"][i][key]) for i in one["state"] for key in one["state"][i])
+
+
+def test_the_checkpoint_of_another_optimizer_is_refused(tmp_path: Any) -> None:
+    def saver() -> Any:
+        return ModelCheckpoint(dirpath=tmp_path, save_last=True)
+
+    saving = {"enable_checkpointing": True, "default_root_dir": tmp_path}
+    fit(module(PACKAGES[0], sgd()), callbacks=[saver()], max_epochs=1, **saving)
+    net, path = module(PACKAGES[0], sgd()), str(tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match="no entry 'rule'"):
+        fit(net, callbacks=[momentum(), saver()], ckpt=path, **saving)
+
+
+def test_fit_twice() -> None:
+    once, twice = module(PACKAGES[0], sgd()), module(PACKAGES[0], sgd())
+    fit(once, callbacks=[lmo.SwapOptimizer(lmo.rules.GradientDescent(0.05))], max_epochs=4)
+    optimizer = torch.optim.SGD(twice.parameters(), 0.05)
+    twice.configure_optimizers = lambda: optimizer  # even the same one again
+    trainer = fit(twice, callbacks=[lmo.SwapOptimizer(lmo.rules.GradientDescent(0.05))], max_epochs=2)
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(twice, loader())
+    assert_equal(once, twice)
+    optimizer.step()  # its owner may have it back afterwards
+
+
+def two_optimizers(self: Any) -> Any:
+    return [torch.optim.SGD(self.body[0].parameters(), 0.05), torch.optim.SGD(self.body[2].parameters(), 0.05)]
+
+
+@pytest.mark.parametrize("index", [None, 1])
+def test_several_optimizers_and_manual_optimisation(index: int | None) -> None:
+    plain, swapped = module(PACKAGES[0], two_optimizers, manual=True), module(PACKAGES[0], two_optimizers, manual=True)
+    fit(plain)
+    trainer = fit(swapped, callbacks=[lmo.SwapOptimizer(lmo.rules.GradientDescent(0.05), optimizer_index=index)])
+    kinds = [isinstance(optimizer, lmo.LearnedOptimizer) for optimizer in trainer.optimizers]
+    assert kinds == [index is None, True]
+    assert trainer.global_step == 24
+    assert_equal(plain, swapped, 1e-6)
+    with pytest.raises(ValueError, match="optimizer_index is 2, but the module configured 2"):
+        fit(swapped, callbacks=[lmo.SwapOptimizer(lmo.rules.GradientDescent(0.05), optimizer_index=2)])
+
+
+def test_a_module_that_steps_its_own_optimizers_is_refused() -> None:
+    listed = module(PACKAGES[0], sgd(), manual=True)
+    own = torch.optim.SGD(listed.parameters(), 0.05)
+    type(listed).optimizers = [own]  # as some published modules do
+    before = [p.detach().clone() for p in listed.parameters()]
+    with pytest.raises(RuntimeError, match="attribute `optimizers` of its own"):
+        fit(listed, callbacks=[momentum()])
+    hidden = module(PACKAGES[0], sgd(), manual=True)
+
+    def training_step(batch: Any, batch_idx: int) -> None:
+        optimizer.step()
+
+    optimizer = torch.optim.SGD(hidden.parameters(), 0.05)
+    hidden.configure_optimizers = lambda: optimizer
+    hidden.training_step = training_step
+    with pytest.raises(RuntimeError, match="has replaced this SGD, but something still steps it"):
+        fit(hidden, callbacks=[momentum()])
+    optimizer.step()  # the guard is gone after the failure
+    for net in (listed, hidden):
+        assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["handles_gradient_accumulation", "restore_checkpoint_after_setup"])
+def test_sharding_strategies_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lightning.pytorch.strategies.SingleDeviceStrategy, name, property(lambda self: True))
+    with pytest.raises(RuntimeError, match="SwapOptimizer needs whole parameters.*SingleDeviceStrategy"):
+        fit(module(PACKAGES[0], sgd()), callbacks=[momentum()])
+
+
+def test_what_cannot_be_replaced() -> None:
+    with pytest.raises(ValueError, match="maximize"):
+        fit(module(PACKAGES[0], sgd(maximize=True)), callbacks=[momentum()])
+    with pytest.raises(ValueError, match="lr_unit of param group 0 must be positive"):
+        fit(module(PACKAGES[0], sgd(lr=0.0)), callbacks=[momentum()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # Lightning warns of configure_optimizers returning None
+        with pytest.raises(ValueError, match="Net.configure_optimizers returns no optimizer"):
+            fit(module(PACKAGES[0], lambda self: None), callbacks=[momentum()])
+
+
+def test_sized_rules_are_matched_by_the_modules_names() -> None:
+    def configure(self: Any) -> Any:  # the usual split, in another order than the module's
+        params = list(self.parameters())
+        return torch.optim.SGD(
+            [{"params": [p for p in params if p.dim() < 2]}, {"params": [p for p in params if p.dim() > 1]}], 0.1
+        )
+
+    plain, swapped = module(PACKAGES[0], sgd(0.05)), module(PACKAGES[0], configure)
+    rule = lmo.rules.DCOGradient.for_module(swapped, scale=1 / math.sqrt(0.05))
+    fit(plain)
+    trainer = fit(swapped, callbacks=[lmo.SwapOptimizer(rule)])
+    assert_equal(plain, swapped, 1e-6)
+    assert "param_names" not in trainer.optimizers[0].param_groups[0]
+
+
+def test_parameters_that_are_thawed_later() -> None:
+    """As Lightning's BaseFinetuning does: a group without names is added to the running optimizer."""
+
+    class Thaw(BaseFinetuning):
+        def freeze_before_training(self, pl_module: Any) -> None:
+            self.freeze(pl_module.body[0])
+
+        def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(pl_module.body[0], optimizer, initial_denom_lr=1)
+
+    def configure(self: Any) -> Any:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.05)
+
+    plain, swapped = module(PACKAGES[0], configure), module(PACKAGES[0], configure)
+    rule = lmo.rules.DCOGradient.for_module(swapped, scale=1 / math.sqrt(0.05))
+    fit(plain, callbacks=[Thaw()])
+    trainer = fit(swapped, callbacks=[Thaw(), lmo.SwapOptimizer(rule)])
+    assert len(trainer.optimizers[0].param_groups) == 2
+    assert_equal(plain, swapped, 1e-6)
+
+
+def test_checkpoints_load_without_pickled_code(tmp_path: Any) -> None:
+    saver = ModelCheckpoint(dirpath=tmp_path, save_last=True)
+    fit(module(PACKAGES[0], sgd()), callbacks=[momentum(), saver], enable_checkpointing=True, default_root_dir=tmp_path)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert checkpoint["optimizer_states"][0]["rule"]["class"] == "HeavyBall"
