@@ -1,0 +1,106 @@
+"""Derivatives without automatic differentiation: what meta-gradients are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lightning_metaopt.episode import Episode, unroll
+from lightning_metaopt.objectives import Objective
+from lightning_metaopt.rule import Rule, under
+from lightning_metaopt.tree import tree_map
+
+Run = Callable[[dict[str, Tensor]], Tensor]
+Reference = Callable[[Rule, Episode, Objective, int], dict[str, Tensor]]
+
+
+def slope(value: Callable[[Tensor], Tensor], step: float = 1e-3) -> Tensor:
+    """dvalue/dt at 0 by central differences, extrapolated twice: error O(step^6)."""
+
+    def central(h: float) -> Tensor:
+        return (value(torch.tensor(h, dtype=torch.float64)) - value(torch.tensor(-h, dtype=torch.float64))) / (2 * h)
+
+    coarse, middle, fine = central(step), central(step / 2), central(step / 4)
+    first, second = (4 * middle - coarse) / 3, (4 * fine - middle) / 3
+    return (16 * second - first) / 15
+
+
+def finite_differences(
+    run: Callable[[dict[str, Tensor]], Tensor], phi: Mapping[str, Tensor], step: float = 1e-3
+) -> dict[str, Tensor]:
+    """The gradient of ``run`` at ``phi``, entry by entry."""
+    grads = {name: torch.zeros_like(value) for name, value in phi.items()}
+    for name, value in phi.items():
+        for entry in range(value.numel()):
+            basis = torch.zeros_like(value).view(-1)
+            basis[entry] = 1.0
+            direction = basis.view_as(value)
+            grads[name].view(-1)[entry] = slope(lambda t, n=name, d=direction: run({**phi, n: phi[n] + t * d}), step)
+    return grads
+
+
+def values_of(rule: Rule) -> dict[str, Tensor]:
+    """The meta-parameters, detached."""
+    return {name: value.detach().clone() for name, value in rule.named_parameters()}
+
+
+def of_the_objective(rule: Rule, episode: Episode, objective: Objective, steps: int) -> dict[str, Tensor]:
+    """Finite differences of the objective of one window that starts at ``episode``."""
+
+    def run(phi: dict[str, Tensor]) -> Tensor:
+        end, losses = unroll(rule, episode, steps, phi)
+        return under(rule, phi, lambda bound: objective(bound, episode, end, losses)).mean().detach()
+
+    return finite_differences(run, values_of(rule))
+
+
+def of_the_trajectory(rule: Rule, begin: Episode, objective: Objective, steps: int, before: int) -> dict[str, Tensor]:
+    """Finite differences of the objective of a window, through the ``before`` steps that led to it as well."""
+
+    def run(phi: dict[str, Tensor]) -> Tensor:
+        window = unroll(rule, begin, before, phi)[0]
+        end, losses = unroll(rule, window, steps, phi)
+        return under(rule, phi, lambda bound: objective(bound, window, end, losses)).mean().detach()
+
+    return finite_differences(run, values_of(rule))
+
+
+def of_windows(window: int) -> Reference:
+    """The mean over windows of finite differences of each; iterates at the start of a window are constants."""
+
+    def reference(rule, episode, objective, steps):
+        found = []
+        for _ in range(steps // window):
+            found.append(of_the_objective(rule, episode, objective, window))
+            episode = unroll(rule, episode, window)[0]
+        return tree_map(lambda *parts: torch.stack(parts).mean(0), *found)
+
+    return reference
+
+
+def with_recorded_gradients(rule: Rule, episode: Episode, objective: Objective, steps: int) -> dict[str, Tensor]:
+    """Finite differences of a hand-written loop in which the inner gradients of the unperturbed run are constants."""
+    recorded, current = [], episode
+    for _ in range(steps):
+        params = tree_map(lambda leaf: leaf.detach().requires_grad_(), current.params)
+        loss = current.task.loss(params, tree_map(Tensor.clone, current.buffers), current.task.batch(current.step))
+        recorded.append(dict(zip(params, torch.autograd.grad(loss.sum(), list(params.values())), strict=True)))
+        current = unroll(rule, current, 1)[0]
+
+    def run(phi: dict[str, Tensor]) -> Tensor:
+        def loop(bound: Rule) -> Tensor:
+            params, state, losses = episode.params, episode.state, []
+            for index, grads in enumerate(recorded):
+                batch = episode.task.batch(episode.step + index)
+                losses.append(episode.task.loss(params, tree_map(Tensor.clone, episode.buffers), batch))
+                updates, state = bound(grads, state, params, losses[-1])
+                params = tree_map(torch.add, params, updates)
+            end = replace(episode, params=params, state=state, step=episode.step + len(recorded))
+            return objective(bound, episode, end, torch.stack(losses)).mean().detach()
+
+        return under(rule, phi, loop)
+
+    return finite_differences(run, values_of(rule))
