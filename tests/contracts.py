@@ -228,10 +228,16 @@ class TaskRow:
     wiggle: float = 1e-3
 
 
-def _regression() -> TaskFamily:
+def _regression(*extra: nn.Module, **options: Any) -> TaskFamily:
     inputs = torch.randn(40, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
-    return tasks.Supervised(net, inputs, inputs.sin().sum(1, keepdim=True), loss="mse", batch_size=8)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), *extra, nn.Linear(4, 1)).double()
+    return tasks.Supervised(net, inputs, inputs.sin().sum(1, keepdim=True), loss="mse", batch_size=8, **options)
+
+
+def _images(**options: Any) -> TaskFamily:
+    pixels = torch.randint(256, (60, 1, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8, 5)).double()
+    return tasks.ImageClassification(tasks.ImageSet(pixels, torch.arange(60) % 5), net, batch_size=8, **options)
 
 
 TASKS = [
@@ -241,5 +247,11 @@ TASKS = [
     TaskRow("SimplexLeastSquares", lambda: tasks.SimplexLeastSquares(dim=4, rows=6, double=True)),
     TaskRow("SimplexLeastSquares, excess", lambda: tasks.SimplexLeastSquares(dim=4, rows=6, excess=True, double=True)),
     TaskRow("NonNegativeLeastSquares", lambda: tasks.NonNegativeLeastSquares(dim=4, rows=6, double=True)),
+    TaskRow("Supervised", _regression),
+    TaskRow("Supervised, one by one", lambda: _regression(vmap=False, shared_init=True)),
+    TaskRow("Supervised, batch normalisation", lambda: _regression(nn.BatchNorm1d(4))),
+    TaskRow("Supervised, dropout", lambda: _regression(nn.Dropout(0.3))),
+    TaskRow("ImageClassification", _images),
+    TaskRow("ImageClassification, some classes", lambda: _images(classes=3)),
     TaskRow("SmallNet of the contracts", SmallNet),
 ]

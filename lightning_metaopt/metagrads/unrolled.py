@@ -22,6 +22,8 @@ __all__ = ["Unrolled"]
 class Unrolled(MetaGradient):
     """Back-propagation through ``steps`` inner steps (DCO, Algorithm 1; truncated when the episode goes on after them).
 
+    Buffers (running statistics) are constants, as PyTorch has them.
+
     Args:
         steps: inner steps of one estimate, ``T``.
         window: cut the graph every ``window`` steps; the meta-loss is then the mean over windows of each window's
