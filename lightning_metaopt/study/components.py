@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 from lightning_metaopt.rule import Rule
 from lightning_metaopt.task import TaskFamily
 
-__all__ = ["RecipeError", "build", "build_call", "merge", "only", "set_option", "with_shapes"]
+__all__ = ["RecipeError", "build", "build_call", "build_lazily", "merge", "only", "set_option", "with_shapes"]
 
 T = TypeVar("T")
 
@@ -35,6 +36,25 @@ def build_call(target: type[T], options: Mapping[str, Any], where: str, **given:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(target, "value", skip=set(given), instantiate=False)
     return target(**_parsed(parser, dict(options), where).value.as_dict(), **given)
+
+
+def build_lazily(kind: Any, spec: Any, where: str) -> Any:
+    """Like :func:`build` for a class that names in ``kind.lazy`` the arguments that it wants as makers, called with
+    nothing for a fresh object each time: a network that is initialised anew for every run."""
+    name = str(spec.get("class_path", "")).rsplit(".", 1)[-1] if isinstance(spec, Mapping) else ""
+    target = next((known for known in _subclasses(kind) if known.__name__ == name), None)
+    if target is None:
+        known = ", ".join(sorted(found.__name__ for found in _subclasses(kind)))
+        raise RecipeError(f"{where}: class_path must name one of {known}; got {spec!r}")
+    only(spec, {"class_path", "init_args"}, where)
+    options = dict(spec.get("init_args", {}))
+    missing = [argument for argument in target.lazy if argument not in options]
+    if missing:
+        raise RecipeError(f"{where}: {name} needs {', '.join(missing)}")
+    makers = {key: partial(build, made, options.pop(key), f"{where}.{key}") for key, made in target.lazy.items()}
+    for make in makers.values():
+        make()  # once now, so that a wrong option is found before anything runs
+    return build_call(target, options, where, **makers)
 
 
 def _parsed(parser: Any, value: Any, where: str) -> Any:

@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import nn
@@ -62,6 +62,9 @@ def stream(name: str, seed: int) -> int:
 
 class Evaluation(ABC):
     """Runs one optimizer once. The smallest ``objective`` score wins a search."""
+
+    lazy: ClassVar[dict[str, type]] = {}
+    """Constructor arguments that are makers: called for a fresh object of the given class in every run."""
 
     objective: str
     budget: int

@@ -13,11 +13,12 @@ import yaml
 
 from lightning_metaopt.loop import MetaLearner, MetaLoop
 from lightning_metaopt.rule import Rule
-from lightning_metaopt.study.components import RecipeError, build, build_call, merge, only, set_option, with_shapes
-from lightning_metaopt.study.evaluation import Candidate, Evaluation, MakeOptimizer
+from lightning_metaopt.study.components import RecipeError, build, build_call, build_lazily, merge, only, set_option, with_shapes
+from lightning_metaopt.study.evaluation import Candidate, Evaluation, MakeOptimizer, TaskEvaluation
+from lightning_metaopt.study.training import TrainerEvaluation
 from lightning_metaopt.task import TaskFamily
 
-__all__ = ["Method", "Recipe", "load_recipe"]
+__all__ = ["Method", "Recipe", "TaskEvaluation", "TrainerEvaluation", "load_recipe"]
 
 
 @dataclass
@@ -114,7 +115,7 @@ class Recipe:
             title=build(str, source["title"], "title"),
             claim=build(str, source.get("claim", ""), "claim"),
             family=build(TaskFamily, source["family"], "family"),
-            evaluation=build(Evaluation, source["evaluation"], "evaluation"),
+            evaluation=build_lazily(Evaluation, source["evaluation"], "evaluation"),
             methods={name: _method(name, options) for name, options in source["methods"].items()},
             seeds=build(list[int], source.get("seeds", [0, 1, 2, 3, 4]), "seeds"),
             tuning_seeds=build(list[int], source.get("tuning_seeds", [1000]), "tuning_seeds"),

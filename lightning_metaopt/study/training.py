@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
@@ -35,6 +35,8 @@ class TrainerEvaluation(Evaluation):
             or whatever the module logs in its test step.
         trainer: further arguments of the ``Trainer``.
     """
+
+    lazy: ClassVar[dict[str, type]] = {"module": LightningModule, "data": LightningDataModule, "tune_data": LightningDataModule}
 
     def __init__(
         self,
