@@ -87,8 +87,7 @@ def advance(
         _write(slots, store, _owned(state, [*grads.values(), *params.values()]))
         shorten = 1.0 if limit is None or length <= limit else limit / length
         for name, update in updates.items():
-            if slots[name].param.requires_grad:
-                params[name].add_(update, alpha=slots[name].factor * shorten)
+            params[name].add_(update, alpha=slots[name].factor * shorten)
     for name, slot in slots.items():
         if slot.param.requires_grad and params[name].data_ptr() != slot.param.data_ptr():
             slot.param.copy_(params[name].squeeze(0))
@@ -96,7 +95,7 @@ def advance(
 
 
 def _leaf(param: Tensor, dtype: torch.dtype) -> Tensor:
-    # The parameter as a batch of one problem: a view where possible. Frozen ones (of joint rules) are never written to.
+    # The parameter as a batch of one problem: a view where possible, but a copy of frozen ones, which joint rules would move.
     leaf = param.detach().unsqueeze(0).to(dtype)
     return leaf if param.requires_grad else leaf.clone()
 

@@ -39,6 +39,24 @@ class Remembering(Rule):
         return updates, {"start": state["start"], "last": grads}
 
 
+class Anchored(Rule):
+    """u = start - theta - g, with an in-place form: the state is the starting point itself."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {}
+
+    def init(self, params: Tree) -> State:
+        return {"start": params}
+
+    def forward(self, grads: Tree, state: State, params: Tree, loss: Tensor | None = None) -> tuple[Tree, State]:
+        return {name: state["start"][name] - params[name] - grad for name, grad in grads.items()}, state
+
+    def forward_(self, grads: Tree, state: State, params: Tree, loss: Tensor | None = None, scale: Any = None) -> None:
+        for name, grad in grads.items():
+            params[name].copy_(state["start"][name] - grad)
+
+
 class Pure(Rule):
     """Another rule without its in-place form."""
 
@@ -197,6 +215,15 @@ def test_a_rule_may_keep_its_arguments_as_state() -> None:
         optimizer.step(lambda: torch.tensor(2.0, dtype=torch.float64))
     for p, value in zip(params, expected, strict=True):
         torch.testing.assert_close(p.detach(), value, rtol=1e-12, atol=1e-12)
+
+
+def test_an_in_place_rule_may_start_from_its_arguments() -> None:
+    p = nn.Parameter(torch.zeros(2))
+    optimizer = lmo.LearnedOptimizer([p], Anchored())
+    for _ in range(3):
+        p.grad = torch.tensor([1.0, 2.0])
+        optimizer.step()
+        assert p.tolist() == [-1.0, -2.0]
 
 
 def test_closure_in_both_forms_and_without_result() -> None:

@@ -247,6 +247,7 @@ def test_a_module_that_steps_its_own_optimizers_is_refused() -> None:
     before = [p.detach().clone() for p in listed.parameters()]
     with pytest.raises(RuntimeError, match="attribute `optimizers` of its own"):
         fit(listed, callbacks=[momentum()])
+    assert isinstance(listed.trainer.strategy.optimizers[0], torch.optim.SGD)
     hidden = module(PACKAGES[0], sgd(), manual=True)
 
     def training_step(batch: Any, batch_idx: int) -> None:
