@@ -219,9 +219,10 @@ def unroll(
 
     def run(bound: Rule) -> tuple[Episode, Tensor]:
         current, losses = episode, []
-        for _ in range(steps):
-            current, loss = step(bound, current, order)
-            losses.append(loss)
+        with bound.holding():
+            for _ in range(steps):
+                current, loss = step(bound, current, order)
+                losses.append(loss)
         if not losses:
             return current, next(iter(episode.params.values())).new_zeros(0, episode.size)
         return current, torch.stack(losses)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 
 import torch
@@ -34,6 +35,8 @@ class Rule(nn.Module, ABC):
     joint: bool = False
     """True (of a class, or of one rule) if the update of one parameter needs the gradients of all others, recorded in
     :attr:`shapes` (a full matrix). An optimizer then fills in zeros for missing gradients instead of leaving the parameter out."""
+
+    _held: dict[str, Tensor] | None = None
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]] | None:
@@ -82,6 +85,29 @@ class Rule(nn.Module, ABC):
                 state[slot][name].copy_(leaf)
         for name, update in updates.items():
             params[name].add_(update, alpha=1.0 if scale is None else scale[name])
+
+    def once(self, key: str, compute: Callable[[], Tensor]) -> Tensor:
+        """``compute()``, for a quantity of phi alone such as :math:`1/\\Lambda^2`: within an unroll it is computed, and
+        differentiated, one time instead of at every step. ``key`` names it within the rule.
+        """
+        if self._held is None:
+            return compute()
+        if key not in self._held:
+            self._held[key] = compute()
+        return self._held[key]
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Inside, phi does not change: what :meth:`once` computes is kept, by this rule and by those that it wraps."""
+        rules = [part for part in self.modules() if isinstance(part, Rule)]
+        before = [rule._held for rule in rules]
+        for rule in rules:
+            rule._held = {}
+        try:
+            yield
+        finally:
+            for rule, held in zip(rules, before, strict=True):
+                rule._held = held
 
     def project_(self) -> None:
         """Bring phi back into its domain; called after every meta-step. By default nothing."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import final
 
@@ -16,6 +16,9 @@ from lightning_metaopt.rule import Rule, State
 from lightning_metaopt.tree import Tree, tree_map
 
 __all__ = ["Unrolled"]
+
+Part = tuple[float, Tensor, Tree, Episode]
+"""A share of the mean: its weight, loss, gradient, and the episode after it."""
 
 
 @final
@@ -86,30 +89,20 @@ class Unrolled(MetaGradient):
     def __call__(self, rule: Rule, episode: Episode, objective: Objective) -> Estimate:
         preferred = episode.task.preferred_chunk if self.chunk == "auto" else self.chunk
         chunk = min(preferred, episode.size) if isinstance(preferred, int) else episode.size
-        loss: Tensor | float = 0.0
-        grads = tree_map(torch.zeros_like, dict(rule.named_parameters()))
-        ends = []
-        for begin in range(0, episode.size, chunk):
-            part = episode if chunk == episode.size else episode.select(slice(begin, begin + chunk))
-            weight = part.size / episode.size
-            value, found, end = self._chunk(rule, part.detach(), objective)
-            loss = loss + weight * value
-            grads = {name: grad.add(found[name], alpha=weight) for name, grad in grads.items()}
-            ends.append(end)
-        assert isinstance(loss, Tensor)
+        loss, grads, ends = _mean(self._chunks(rule, episode, objective, chunk))
         return Estimate(loss, grads, Episode.join(ends), {"chunk": float(chunk)})
 
-    def _chunk(self, rule: Rule, episode: Episode, objective: Objective) -> tuple[Tensor, Tree, Episode]:
-        windows = self.steps // self.window
-        total: Tensor | float = 0.0
-        grads: Tree = {}
-        for _ in range(windows):
-            differentiate = self._plain if self.checkpoint is None else self._checkpointed
+    def _chunks(self, rule: Rule, episode: Episode, objective: Objective, chunk: int) -> Iterator[Part]:
+        for begin in range(0, episode.size, chunk):
+            part = episode if chunk == episode.size else episode.select(slice(begin, begin + chunk))
+            loss, grads, ends = _mean(self._windows(rule, part.detach(), objective))
+            yield part.size / episode.size, loss, grads, ends[-1]
+
+    def _windows(self, rule: Rule, episode: Episode, objective: Objective) -> Iterator[Part]:
+        differentiate = self._plain if self.checkpoint is None else self._checkpointed
+        for _ in range(self.steps // self.window):
             value, found, episode = differentiate(rule, episode, objective)
-            total = total + value / windows
-            grads = {name: grad / windows + grads.get(name, 0) for name, grad in found.items()}
-        assert isinstance(total, Tensor)
-        return total, grads, episode
+            yield self.window / self.steps, value, found, episode
 
     @property
     def _order(self) -> Order:
@@ -149,6 +142,20 @@ class Unrolled(MetaGradient):
             grads = {name: grad + found[name] for name, grad in grads.items()}
             adjoint = _pull(inner, _floating(begin))
         return value.detach(), grads, current.detach()
+
+
+def _mean(parts: Iterator[Part]) -> tuple[Tensor, Tree, list[Episode]]:
+    # Weighted means of losses and gradients, added up in the memory of the first part's.
+    weight, loss, grads, end = next(parts)
+    ends = [end]
+    if weight != 1:
+        loss, grads = weight * loss, tree_map(lambda grad: weight * grad, grads)
+    for weight, value, found, end in parts:
+        loss = loss + weight * value
+        for name, grad in grads.items():
+            grad.add_(found[name], alpha=weight)
+        ends.append(end)
+    return loss, grads, ends
 
 
 def _gradient(value: Tensor, rule: Rule, retain_graph: bool = False) -> Tree:

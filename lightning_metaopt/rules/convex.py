@@ -7,6 +7,7 @@ Gautam, Pfrommer, Sojoudi: *Differentiable Convex Optimization for Meta-Learning
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, final
 
 import torch
@@ -107,9 +108,7 @@ class DCOGradient(Rule):
 
     def forward(self, grads: Tree, state: State, params: Tree, loss: Tensor | None = None) -> tuple[Tree, State]:
         grads = unit_gradients(grads) if self.normalize else grads
-        metric = {name: self.scale[escape(name)].square() for name in grads}
-        steps = {name: -grad / metric[name] for name, grad in grads.items()}
-        return constrained_updates(steps, metric, params, self.constraint, self.layout), state
+        return _scaled_updates(self, grads, params), state
 
     def project_(self) -> None:
         keep_away_from_zero_(self.scale)
@@ -176,15 +175,13 @@ class DCOMomentum(Rule):
 
     def forward(self, grads: Tree, state: State, params: Tree, loss: Tensor | None = None) -> tuple[Tree, State]:
         grads = unit_gradients(grads) if self.normalize else grads
-        average, metric, steps = {}, {}, {}
+        average = {}
         for name, grad in grads.items():
             fresh = expand_to(state["fresh"][name], grad)
             before = torch.where(fresh > 0, grad, state["average"][name])
-            average[name] = torch.lerp(before, grad, self.averaging[escape(name)].expand_as(grad))
-            metric[name] = self.scale[escape(name)].square()
-            steps[name] = -average[name] / metric[name]
-        updates = constrained_updates(steps, metric, params, self.constraint, self.layout)
-        return updates, {"average": average, "fresh": tree_map(torch.zeros_like, state["fresh"])}
+            weight = self.once(f"averaging/{name}", partial(_spread, self.averaging[escape(name)], len(grad)))
+            average[name] = torch.lerp(before, grad, weight)
+        return _scaled_updates(self, average, params), {"average": average, "fresh": tree_map(torch.zeros_like, state["fresh"])}
 
     def project_(self) -> None:
         keep_away_from_zero_(self.scale)
@@ -241,6 +238,27 @@ class DCOGeneralDescent(Rule):
     def describe(self) -> dict[str, float]:
         matrix = self.matrix.detach()
         return {"matrix_diagonal": float(matrix.diagonal().mean()), "matrix_norm": float(torch.linalg.matrix_norm(matrix, 2))}
+
+
+def _scaled_updates(rule: DCOGradient | DCOMomentum, directions: Tree, params: Tree) -> Tree:
+    # -d / Lambda^2, on the constraint set if there is one.
+    steps = {}
+    for name, direction in directions.items():
+        factor = rule.once(f"factor/{name}", partial(_step_factor, rule.scale[escape(name)], len(direction)))
+        steps[name] = direction * factor
+    if rule.constraint is None:
+        return steps
+    metric = {name: rule.scale[escape(name)].square() for name in directions}
+    return constrained_updates(steps, metric, params, rule.constraint, rule.layout)
+
+
+def _step_factor(scale: Tensor, size: int) -> Tensor:
+    return _spread(-scale.square().reciprocal(), size)
+
+
+def _spread(values: Tensor, size: int) -> Tensor:
+    # For each of ``size`` problems; where this is kept for an unroll, the sum over problems is taken once on the way back.
+    return values.expand(size, *values.shape)
 
 
 def _describe_steps(scale: nn.ParameterDict) -> dict[str, float]:

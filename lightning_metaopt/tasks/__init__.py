@@ -2,6 +2,7 @@
 
 from lightning_metaopt.tasks.constrained import NonNegativeLeastSquares, SimplexLeastSquares
 from lightning_metaopt.tasks.convex import LeastSquares
+from lightning_metaopt.tasks.identification import SmoothInterpolation, SystemIdentification
 from lightning_metaopt.tasks.images import ImageClassification, ImageSet
 from lightning_metaopt.tasks.module import ModuleTask
 from lightning_metaopt.tasks.supervised import Supervised
@@ -13,5 +14,7 @@ __all__ = [
     "ModuleTask",
     "NonNegativeLeastSquares",
     "SimplexLeastSquares",
+    "SmoothInterpolation",
     "Supervised",
+    "SystemIdentification",
 ]

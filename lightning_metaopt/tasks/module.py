@@ -48,7 +48,7 @@ class ModuleTask(Task):
     Buffers (running statistics of BatchNorm) belong to each problem; validation uses the module's evaluation mode.
 
     Args:
-        data: see :class:`~lightning_metaopt.Task`; holds the leaf ``"seed"``, shape ``(B,)``.
+        data: see :class:`~lightning_metaopt.Task`.
         shared: see :class:`~lightning_metaopt.Task`.
         network: the module.
         criterion: the loss of one minibatch.
@@ -83,14 +83,16 @@ class ModuleTask(Task):
 
     @abstractmethod
     def batch(self, step: int) -> Tree:
-        """``"inputs"`` and ``"targets"``, leaves ``(B, samples, ...)``."""
+        """``"inputs"`` and ``"targets"``, leaves ``(B, samples, ...)``; for a module that draws random numbers also ``"seed"``,
+        ``(B,)``, another one at each step.
+        """
 
     @abstractmethod
     def val_batch(self) -> Tree:
         """Held-out ``"inputs"`` and ``"targets"``."""
 
     def init(self, generator: torch.Generator) -> tuple[Tree, Tree]:
-        device = self.data["seed"].device
+        device = next(iter(self.data.values())).device
         if self.shared_init:
             params, buffers = self.network.shared()
             return tuple(  # type: ignore[return-value]  # a pair in, a pair out
@@ -130,8 +132,11 @@ class ModuleTask(Task):
             return losses
         seeds = batch["seed"].tolist() if training and self.network.random else None
         found = []
+        # Views whose derivatives neither fill zeros nor, for a problem alone, copy.
+        pieces = {name: leaf.unbind() if len(leaf) > 1 else (leaf.squeeze(0),) for name, leaf in params.items()}
         for index in range(len(inputs)):
-            params_of, buffers_of = ({name: leaf[index] for name, leaf in tree.items()} for tree in (params, buffers))
+            params_of = {name: piece[index] for name, piece in pieces.items()}
+            buffers_of = {name: leaf[index] for name, leaf in buffers.items()}
             with nullcontext() if seeds is None else seeded(seeds[index], inputs.device):
                 found.append(one(params_of, buffers_of, inputs[index], targets[index]))
         return torch.stack(found)
