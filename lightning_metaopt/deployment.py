@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_metaopt.rule import Rule
 
-__all__ = ["check_group", "check_same", "frozen", "identity"]
+__all__ = ["check_group", "check_same", "frozen", "identity", "with_labels"]
 
 
 def frozen(rule: object) -> Rule:
@@ -76,3 +77,18 @@ def check_group(group: dict[str, Any], index: int) -> None:
         if not param.is_floating_point():
             remedy = "optimise torch.view_as_real of it" if param.is_complex() else "leave it out"
             raise TypeError(f"rules need real floating-point parameters, but parameter {name!r} is of type {param.dtype}: {remedy}")
+
+
+def with_labels(known: Mapping[Tensor, str], group: Mapping[str, Any], index: int) -> dict[Tensor, str]:
+    """``known`` names of parameters and those of a group, by position where it has none, all of them different."""
+    names, taken = dict(known), set(known.values())
+    given = group.get("param_names") or [None] * len(group["params"])
+    for param, name in zip(group["params"], given, strict=True):
+        if param in names and name in (None, names[param]):
+            continue
+        label = f"param{len(names)}" if name is None else name
+        while label in taken:  # two modules in two groups may both have a "weight"
+            label = f"group{index}.{label}"
+        taken.add(label)
+        names[param] = label
+    return names

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lightning_metaopt.deployment import check_group, check_same, frozen, identity
+from lightning_metaopt.deployment import check_group, check_same, frozen, identity, with_labels
 from lightning_metaopt.inplace import Slot, advance
 from lightning_metaopt.rule import Rule
 from lightning_metaopt.tree import align
@@ -95,6 +95,8 @@ class LearnedOptimizer(Optimizer):
     ) -> Self:
         """A learned optimizer with the very param groups of ``optimizer``, so that its LR schedulers act on this one.
 
+        Raises ``ValueError`` if ``optimizer`` maximises, or has no positive learning rate.
+
         Args:
             optimizer: what to replace; it must not be stepped any more.
             rule: see :class:`LearnedOptimizer`.
@@ -103,9 +105,6 @@ class LearnedOptimizer(Optimizer):
             weight_decay: ``None`` to keep that of each group (decoupled from now on, whatever it was).
             max_update_norm: see :class:`LearnedOptimizer`.
             names: names of the parameters, for groups that have none.
-
-        Raises:
-            ValueError: if ``optimizer`` maximises, or has no positive learning rate.
         """
         groups, names = optimizer.param_groups, names or {}
         for group in groups:
@@ -137,10 +136,10 @@ class LearnedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in ``torch.optim.Optimizer``; a group that is refused leaves the optimizer as it was."""
         super().add_param_group(param_group)
-        names = dict(self._names)
+        names = self._names
         try:
             check_group(param_group, len(self.param_groups) - 1)
-            self._name(param_group)
+            self._names = with_labels(names, param_group, len(self.param_groups) - 1)
             if self._partners is not None:
                 self._match()
         except (TypeError, ValueError):
@@ -148,27 +147,18 @@ class LearnedOptimizer(Optimizer):
             self._names = names
             raise
 
-    def _name(self, group: dict[str, Any]) -> None:
-        taken = set(self._names.values())
-        given = group.get("param_names") or [None] * len(group["params"])
-        for param, name in zip(group["params"], given, strict=True):
-            if param in self._names and name in (None, self._names[param]):
-                continue
-            label = f"param{len(self._names)}" if name is None else name
-            while label in taken:  # two modules in two groups may both have a "weight"
-                label = f"group{len(self.param_groups) - 1}.{label}"
-            taken.add(label)
-            self._names[param] = label
-
     def _match(self) -> None:
         # Which entry of the rule belongs to which parameter.
         shapes, params = self.rule.shapes, [p for group in self.param_groups for p in group["params"]]
-        if shapes is None or any(is_lazy(p) for p in params):
+        if shapes is None:
+            self._partners = {self._names[p]: self._names[p] for p in params}
             return
+        if any(is_lazy(p) for p in params):
+            return
+        trained = {self._names[p]: tuple(p.shape) for p in params if p.requires_grad}
         try:
             partners = align(shapes, {self._names[p]: tuple(p.shape) for p in params})
         except ValueError:
-            trained = {self._names[p]: tuple(p.shape) for p in params if p.requires_grad}
             if len(trained) == len(params):
                 raise
             partners = align(shapes, trained)  # a rule may be sized for the trained parameters alone
@@ -179,6 +169,16 @@ class LearnedOptimizer(Optimizer):
                 "those given; pass all of them to one optimizer"
             )
         self._partners = partners
+
+    def rule_name(self, param: Tensor) -> str:
+        """The name under which the rule knows a parameter."""
+        if self._names[param] not in (self._partners or {}):
+            self._match()  # a lazy parameter has got its shape, or a frozen one has thawed
+        if self._partners is None:
+            raise RuntimeError(
+                "a parameter is still lazy: let all of them get their shapes in a forward pass before the first step"
+            )
+        return self._partners[self._names[param]]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -207,7 +207,7 @@ class LearnedOptimizer(Optimizer):
 
     def _collect(self) -> dict[str, Slot]:
         # The parameters that take part, under the rule's names.
-        slots, some, sized = {}, False, self.rule.shapes is not None
+        slots, some = {}, False
         for group in self.param_groups:
             factor = float(group["lr"]) / group["lr_unit"]
             shrink = 1 - float(group["lr"]) * float(group["weight_decay"])
@@ -222,12 +222,8 @@ class LearnedOptimizer(Optimizer):
                     raise RuntimeError(f"the gradient of parameter {name!r} is sparse, rules need dense ones: use sparse=False")
                 else:
                     some = True
-                if sized and (self._partners is None or name not in self._partners):
-                    if not param.requires_grad:
-                        continue
-                    self._match()  # a lazy parameter has got its shape, or a frozen one has thawed
-                partner = self._partners[name] if self._partners else name
-                slots[partner] = Slot(param, grad.detach(), factor, shrink)
+                if param.requires_grad or name in (self._partners or {}):
+                    slots[self.rule_name(param)] = Slot(param, grad.detach(), factor, shrink)
         return slots if some else {}
 
     def _place(self) -> tuple[torch.device, torch.dtype]:

@@ -8,7 +8,9 @@ from typing import Any
 import lightning.pytorch
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -323,3 +325,43 @@ def test_checkpoints_load_without_pickled_code(tmp_path: Any) -> None:
     fit(module(PACKAGES[0], sgd()), callbacks=[momentum(), saver], enable_checkpointing=True, default_root_dir=tmp_path)
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert checkpoint["optimizer_states"][0]["rule"]["class"] == "HeavyBall"
+
+
+class Plain(LightningModule):
+    """Its optimizer comes from the command line, or is torch's Adam."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(3, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return (self.body(batch[0]) - batch[1]).square().mean()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return loader()
+
+
+@pytest.mark.parametrize("way", ["callback", "optimizer"])
+def test_from_the_command_line(way: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rule.safetensors"
+    lmo.save_rule(lmo.rules.HeavyBall(0.25), path)
+    args = {
+        "callback": [
+            "--trainer.callbacks+=lightning_metaopt.SwapOptimizer",
+            f"--trainer.callbacks.rule={path}",
+            "--optimizer=Adam",
+        ],
+        "optimizer": [
+            "--optimizer=lightning_metaopt.LearnedOptimizer",
+            "--optimizer.rule=lightning_metaopt.rules.HeavyBall",
+            "--optimizer.rule.init_args.lr=0.25",
+            "--optimizer.weight_decay=0.1",
+        ],
+    }[way]
+    monkeypatch.setattr("sys.argv", ["train.py", *args])
+    options = {**QUIET, "fast_dev_run": True}
+    cli = LightningCLI(Plain, run=False, save_config_callback=None, trainer_defaults=options, seed_everything_default=False)
+    cli.trainer.fit(cli.model)
+    (optimizer,) = cli.trainer.optimizers
+    assert isinstance(optimizer, lmo.LearnedOptimizer)
+    assert optimizer.rule.describe()["lr"] == pytest.approx(0.25)
