@@ -36,7 +36,7 @@ class Rule(nn.Module, ABC):
     """True (of a class, or of one rule) if the update of one parameter needs the gradients of all others, recorded in
     :attr:`shapes` (a full matrix). An optimizer then fills in zeros for missing gradients instead of leaving the parameter out."""
 
-    _held: dict[str, Tensor] | None = None
+    _held: dict[str, Tree] | None = None
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]] | None:
@@ -77,7 +77,9 @@ class Rule(nn.Module, ABC):
         """One step in place, for deployment: change ``params`` and ``state``, multiplying each update by ``scale[name]``.
 
         This default calls :meth:`forward`. A rule may override it with fused passes over memory; a contract test holds
-        the two to 1e-6 relative. It runs without autograd.
+        the two to 1e-6 relative. It runs without autograd. It must keep parameters and state finite whenever state and
+        gradients are and the squares of the gradients sum to a finite number: an optimizer runs it in that case only, and
+        does not look at its updates.
         """
         updates, new = self(grads, state, params, loss)
         for slot, tree in new.items():
@@ -86,9 +88,9 @@ class Rule(nn.Module, ABC):
         for name, update in updates.items():
             params[name].add_(update, alpha=1.0 if scale is None else scale[name])
 
-    def once(self, key: str, compute: Callable[[], Tensor]) -> Tensor:
-        """``compute()``, for a quantity of phi alone such as :math:`1/\\Lambda^2`: within an unroll it is computed, and
-        differentiated, one time instead of at every step. ``key`` names it within the rule.
+    def once(self, key: str, compute: Callable[[], Tree]) -> Tree:
+        """``compute()``, for quantities of phi alone such as :math:`1/\\Lambda^2`: within an unroll they are computed, and
+        differentiated, one time instead of at every step. ``key`` names them within the rule.
         """
         if self._held is None:
             return compute()
