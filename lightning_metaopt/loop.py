@@ -33,6 +33,7 @@ class MetaLoop:
         default_root_dir: where checkpoints and logs go.
         enable_checkpointing: as for ``Trainer``; by default only if there is a place or a callback for them.
         enable_model_summary: as for ``Trainer``.
+        limit_val_batches: as for ``Trainer``; 0 for a learner without validation.
         log_every_n_steps: meta-steps between log entries, and between rows of ``learner.history``.
         num_sanity_val_steps: as for ``Trainer``; the learner validates the untrained rule itself.
         **trainer_options: any other argument of ``Trainer``.
@@ -64,13 +65,14 @@ class MetaLoop:
         default_root_dir: str | Path | None = None,
         enable_checkpointing: bool | None = None,
         enable_model_summary: bool = False,
+        limit_val_batches: int | float | None = None,
         log_every_n_steps: int = 10,
         num_sanity_val_steps: int = 0,
         **trainer_options: Any,
     ) -> None:
         if keep not in ("best", "last"):
             raise ValueError(f"keep must be 'best' or 'last', got {keep!r}")
-        if max_epochs is None and max_steps == -1 and "max_time" not in trainer_options:
+        if max_epochs is None and max_steps == -1 and trainer_options.get("max_time") is None:
             raise ValueError("say when meta-training ends: max_epochs=..., max_steps=... or max_time=...")
         unknown = sorted(set(trainer_options) - set(inspect.signature(Trainer).parameters))
         if unknown:
@@ -87,6 +89,7 @@ class MetaLoop:
         self.default_root_dir = default_root_dir
         self.enable_checkpointing = saves if enable_checkpointing is None else enable_checkpointing
         self.enable_model_summary = enable_model_summary
+        self.limit_val_batches = limit_val_batches
         self.log_every_n_steps = log_every_n_steps
         self.num_sanity_val_steps = num_sanity_val_steps
         self._trainer_options = trainer_options
@@ -99,17 +102,7 @@ class MetaLoop:
             learner: what to train.
             ckpt_path: a checkpoint to resume from.
         """
-        self.trainer = self._build(learner)
-        self.trainer.fit(learner, ckpt_path=ckpt_path)
-        if self.keep == "best" and learner.val_tasks:
-            learner.best.load_into_(learner.rule)
-        return learner.rule
-
-    def _build(self, learner: MetaLearner) -> Trainer:
-        options = dict(self._trainer_options)
-        if not learner.val_tasks:
-            options["limit_val_batches"] = 0  # or Lightning warns that there is nothing to validate
-        return Trainer(
+        self.trainer = Trainer(
             max_epochs=self.max_epochs,
             max_steps=self.max_steps,
             devices=self.devices,
@@ -118,7 +111,12 @@ class MetaLoop:
             default_root_dir=self.default_root_dir,
             enable_checkpointing=self.enable_checkpointing,
             enable_model_summary=self.enable_model_summary,
+            limit_val_batches=self.limit_val_batches if learner.val_tasks else 0,  # or Lightning warns of an empty loader
             log_every_n_steps=self.log_every_n_steps,
             num_sanity_val_steps=self.num_sanity_val_steps,
-            **options,
+            **self._trainer_options,
         )
+        self.trainer.fit(learner, ckpt_path=ckpt_path)
+        if self.keep == "best" and learner.val_tasks:
+            learner.best.load_into_(learner.rule)
+        return learner.rule
