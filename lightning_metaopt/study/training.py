@@ -31,6 +31,7 @@ class TrainerEvaluation(Evaluation):
         tune_data: makes the data module of searches; its problems must be others.
         steps: optimizer steps of a run.
         smooth: training losses are averaged over so many steps for the curve, and for the last figure.
+        validate_every: steps between validations, whose metrics become curves too (never scores); 0 for none.
         objective: the score that a search minimises: ``"mean training loss"`` (over the run), ``"last training loss"``,
             or whatever the module logs in its test step.
         trainer: further arguments of the ``Trainer``.
@@ -45,13 +46,14 @@ class TrainerEvaluation(Evaluation):
         tune_data: Callable[[], LightningDataModule],
         steps: int = 200,
         smooth: int = 10,
+        validate_every: int = 0,
         objective: str = "mean training loss",
         trainer: dict[str, Any] | None = None,
     ) -> None:
         if steps < smooth or steps % smooth:
             raise RecipeError(f"smooth must divide steps, got {smooth} and {steps}")
         self.module, self.data, self.tune_data = module, data, tune_data
-        self.steps, self.smooth, self.objective = steps, smooth, objective
+        self.steps, self.smooth, self.validate_every, self.objective = steps, smooth, validate_every, objective
         self.trainer = trainer or {}
         self.budget = steps
 
@@ -69,7 +71,7 @@ class TrainerEvaluation(Evaluation):
         seed_everything(stream(split, seed) % 2**32, verbose=False)
         data = self.data() if split == "test" else self.tune_data()
         module = self.module()
-        record = _TrainingLoss()
+        record = _Record()
         callbacks: list[Callback] = [record]
         if rule is not None:
             callbacks.append(SwapOptimizer(rule))
@@ -79,7 +81,11 @@ class TrainerEvaluation(Evaluation):
             # As LightningCLI does: the instance's method, so that any module can be given any optimizer.
             module.configure_optimizers = lambda: make(module.parameters())  # type: ignore[method-assign]
         options = {"accelerator": "auto", "devices": 1, "logger": False, "enable_checkpointing": False, **self.trainer}
-        options |= {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0, "limit_val_batches": 0}
+        options |= {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+        if self.validate_every and split == "test":
+            options |= {"val_check_interval": self.validate_every, "check_val_every_n_epoch": None}
+        else:
+            options["limit_val_batches"] = 0
         trainer = Trainer(max_steps=self.steps, max_epochs=-1, callbacks=callbacks, **options)
         trainer.fit(module, datamodule=data)
         scores = dict(trainer.test(module, datamodule=data, verbose=False)[0])
@@ -90,12 +96,18 @@ class TrainerEvaluation(Evaluation):
             raise RecipeError(f"objective {self.objective!r} is none of the scores: {', '.join(scores)}")
         means = torch.tensor(losses).view(-1, self.smooth).mean(1).tolist()
         curve = [((index + 1) * self.smooth, value) for index, value in enumerate(means)]
-        return Result({"training loss": curve}, scores, self.steps, time.perf_counter() - begin)
+        return Result({"training loss": curve, **record.validations}, scores, self.steps, time.perf_counter() - begin)
 
 
-class _TrainingLoss(Callback):
+class _Record(Callback):
     def __init__(self) -> None:
         self.losses: list[float] = []
+        self.validations: dict[str, list[tuple[int, float]]] = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for name, value in trainer.callback_metrics.items():
+            if name.startswith("val"):
+                self.validations.setdefault(name, []).append((trainer.global_step, float(value)))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.losses.append(float(outputs["loss"] if isinstance(outputs, dict) else outputs))
