@@ -152,13 +152,6 @@ def _dual(value: Tensor) -> Tensor:
     return value.detach() if tangent is None else forward_ad.make_dual(value.detach(), tangent.detach())
 
 
-def _outcome(loss: Tensor, order: Order) -> Tensor:
-    # The losses with what is to be kept of their derivative.
-    if order == "forward":
-        return _dual(loss)
-    return loss if order == "second" else loss.detach()
-
-
 def step(rule: Rule, episode: Episode, order: Order = "none") -> tuple[Episode, Tensor]:
     """One inner step: gradient of the task's loss, update of the rule, new iterates.
 
@@ -169,14 +162,19 @@ def step(rule: Rule, episode: Episode, order: Order = "none") -> tuple[Episode, 
     """
     params = tree_map(lambda leaf: _leaf(leaf, order), episode.params)
     buffers = tree_map(lambda leaf: leaf.detach().clone(), episode.buffers)
+    # At an iterate that depends on nothing (the first of an unroll) gradients and losses are constants.
+    twice = order == "second" and any(leaf.requires_grad for leaf in episode.params.values())
     with torch.enable_grad():
         loss = episode.task.loss(params, buffers, episode.task.batch(episode.step))
+        ones = torch.ones_like(loss)  # the gradient of the sum, without its node in the graph
+        # Without a graph, gradients are added up in place, which fails on tangents that are known to be zero.
+        graph = twice or order == "forward"
         found = torch.autograd.grad(
-            loss.sum(), list(params.values()), create_graph=order == "second", allow_unused=True, materialize_grads=True
+            loss, list(params.values()), ones, create_graph=graph, allow_unused=True, materialize_grads=True
         )
-    grads = dict(zip(params, found, strict=True))
-    params = params if order == "second" else episode.params
-    values = _outcome(loss, order)
+    grads = dict(zip(params, map(_dual, found) if order == "forward" else found, strict=True))
+    params = params if twice else episode.params
+    values = _dual(loss) if order == "forward" else loss if twice else loss.detach()
     if order == "first":
         values = _attach_gradient(values, grads, params)
     with torch.set_grad_enabled(order in ("first", "second")), _full_precision(params):

@@ -7,7 +7,6 @@ Gautam, Pfrommer, Sojoudi: *Differentiable Convex Optimization for Meta-Learning
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, Literal, final
 
 import torch
@@ -175,12 +174,12 @@ class DCOMomentum(Rule):
 
     def forward(self, grads: Tree, state: State, params: Tree, loss: Tensor | None = None) -> tuple[Tree, State]:
         grads = unit_gradients(grads) if self.normalize else grads
+        weights = self.once("averaging", lambda: {name: self.averaging[escape(name)].expand_as(g) for name, g in grads.items()})
         average = {}
         for name, grad in grads.items():
             fresh = expand_to(state["fresh"][name], grad)
             before = torch.where(fresh > 0, grad, state["average"][name])
-            weight = self.once(f"averaging/{name}", partial(_spread, self.averaging[escape(name)], len(grad)))
-            average[name] = torch.lerp(before, grad, weight)
+            average[name] = torch.lerp(before, grad, weights[name])
         return _scaled_updates(self, average, params), {"average": average, "fresh": tree_map(torch.zeros_like, state["fresh"])}
 
     def project_(self) -> None:
@@ -241,24 +240,16 @@ class DCOGeneralDescent(Rule):
 
 
 def _scaled_updates(rule: DCOGradient | DCOMomentum, directions: Tree, params: Tree) -> Tree:
-    # -d / Lambda^2, on the constraint set if there is one.
-    steps = {}
-    for name, direction in directions.items():
-        factor = rule.once(f"factor/{name}", partial(_step_factor, rule.scale[escape(name)], len(direction)))
-        steps[name] = direction * factor
+    # -d / Lambda^2, on the constraint set if there is one. The factors are expanded to all problems before they are kept for
+    # an unroll, so that its way back sums over problems once.
+    def factors() -> Tree:
+        return {name: (-rule.scale[escape(name)].square().reciprocal()).expand_as(d) for name, d in directions.items()}
+
+    steps = tree_map(torch.mul, directions, rule.once("factors", factors))
     if rule.constraint is None:
         return steps
     metric = {name: rule.scale[escape(name)].square() for name in directions}
     return constrained_updates(steps, metric, params, rule.constraint, rule.layout)
-
-
-def _step_factor(scale: Tensor, size: int) -> Tensor:
-    return _spread(-scale.square().reciprocal(), size)
-
-
-def _spread(values: Tensor, size: int) -> Tensor:
-    # For each of ``size`` problems; where this is kept for an unroll, the sum over problems is taken once on the way back.
-    return values.expand(size, *values.shape)
 
 
 def _describe_steps(scale: nn.ParameterDict) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_metaopt.task import Task
 from lightning_metaopt.tasks.network import Network, seeded
@@ -123,7 +124,8 @@ class ModuleTask(Task):
         inputs, targets = batch["inputs"], batch["targets"]
         if len(inputs) > 1 and not self.one_by_one:
             try:
-                losses: Tensor = torch.vmap(one)(params, buffers, inputs, targets)
+                with sdpa_kernel(SDPBackend.MATH):  # under vmap, the fused kernels of attention run problem by problem
+                    losses: Tensor = torch.vmap(one)(params, buffers, inputs, targets)
             except RuntimeError as error:
                 error.add_note(
                     "Several problems at once run under torch.vmap; for a module that it does not support pass vmap=False."
@@ -139,4 +141,4 @@ class ModuleTask(Task):
             buffers_of = {name: leaf[index] for name, leaf in buffers.items()}
             with nullcontext() if seeds is None else seeded(seeds[index], inputs.device):
                 found.append(one(params_of, buffers_of, inputs[index], targets[index]))
-        return torch.stack(found)
+        return torch.stack(found) if len(found) > 1 else found[0].unsqueeze(0)

@@ -76,6 +76,10 @@ class Network:
         self.trainable = [name for name, value in template.named_parameters() if value.requires_grad]
         values = {id(value): value for value in (*template.parameters(), *template.buffers())}
         self.evaluated = copy.deepcopy(template, values).eval()  # the same tensors, in evaluation mode
+        # Every name of a tensor that has several: tied weights are one parameter.
+        names = {id(value): name for name, value in reversed([*template.named_parameters(), *template.named_buffers()])}
+        everything = (*template.named_parameters(remove_duplicate=False), *template.named_buffers(remove_duplicate=False))
+        self.aliases = {name: names[id(value)] for name, value in everything if names[id(value)] != name}
         self.random, self.work = self._probe(inputs)
 
     @property
@@ -98,7 +102,10 @@ class Network:
 
         Buffers that the module changes are changed in ``tensors``: in place, or by a new entry.
         """
-        output: Tensor = functional_call(self.module if training else self.evaluated, tensors, (inputs,))
+        for name, first in self.aliases.items():
+            tensors[name] = tensors[first]
+        module = self.module if training else self.evaluated
+        output: Tensor = functional_call(module, tensors, (inputs,), tie_weights=False)  # tied above, once for all
         return output
 
     def shared(self) -> tuple[Tree, Tree]:
