@@ -139,17 +139,7 @@ def _full_precision(params: Tree) -> AbstractContextManager[None]:
 
 def _leaf(value: Tensor, order: Order) -> Tensor:
     # What the inner gradient is taken with respect to.
-    if order == "second" and value.requires_grad:
-        return value
-    if order == "forward":  # detach() would drop the tangent
-        return _dual(value).requires_grad_()
-    return value.detach().requires_grad_()
-
-
-def _dual(value: Tensor) -> Tensor:
-    # Cut from the graph of reverse mode, with the tangent of forward mode.
-    tangent = forward_ad.unpack_dual(value).tangent
-    return value.detach() if tangent is None else forward_ad.make_dual(value.detach(), tangent.detach())
+    return value if order == "second" and value.requires_grad else value.detach().requires_grad_()
 
 
 def step(rule: Rule, episode: Episode, order: Order = "none") -> tuple[Episode, Tensor]:
@@ -166,21 +156,44 @@ def step(rule: Rule, episode: Episode, order: Order = "none") -> tuple[Episode, 
     twice = order == "second" and any(leaf.requires_grad for leaf in episode.params.values())
     with torch.enable_grad():
         loss = episode.task.loss(params, buffers, episode.task.batch(episode.step))
-        ones = torch.ones_like(loss)  # the gradient of the sum, without its node in the graph
-        # Without a graph, gradients are added up in place, which fails on tangents that are known to be zero.
         graph = twice or order == "forward"
         found = torch.autograd.grad(
-            loss, list(params.values()), ones, create_graph=graph, allow_unused=True, materialize_grads=True
+            loss.sum(), list(params.values()), create_graph=graph, allow_unused=True, materialize_grads=True
         )
-    grads = dict(zip(params, map(_dual, found) if order == "forward" else found, strict=True))
+    grads = dict(zip(params, found, strict=True))
+    values = loss if twice else loss.detach()
+    if order == "forward":
+        grads, values = _with_tangents(grads, values, params, episode.params)
     params = params if twice else episode.params
-    values = _dual(loss) if order == "forward" else loss if twice else loss.detach()
     if order == "first":
         values = _attach_gradient(values, grads, params)
     with torch.set_grad_enabled(order in ("first", "second")), _full_precision(params):
         updates, state = rule(grads, episode.state, params, values)
         params = tree_map(torch.add, params, updates)
     return replace(episode, params=params, buffers=detach(buffers), state=state, step=episode.step + 1), values
+
+
+def _with_tangents(grads: Tree, values: Tensor, params: Tree, iterates: Tree) -> tuple[Tree, Tensor]:
+    # Forward mode through the task, by a product with its Hessian: a task needs no forward derivatives, which many
+    # operations lack, but only what the unrolled gradient needs as well.
+    known = {name: forward_ad.unpack_dual(leaf).tangent for name, leaf in iterates.items()}
+    tangents = {name: tangent.detach() for name, tangent in known.items() if tangent is not None}
+    constants = detach(grads)
+    if not tangents:
+        return constants, values
+    slopes = torch.stack([(constants[name] * tangent).reshape(len(values), -1).sum(1) for name, tangent in tangents.items()])
+    outputs = [name for name in tangents if grads[name].requires_grad]  # the others are constant
+    changes = tree_map(torch.zeros_like, params)
+    if outputs:
+        found = torch.autograd.grad(
+            [grads[name] for name in outputs],
+            list(params.values()),
+            [tangents[name] for name in outputs],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        changes = dict(zip(params, found, strict=True))
+    return tree_map(forward_ad.make_dual, constants, changes), forward_ad.make_dual(values, slopes.sum(0))
 
 
 def _attach_gradient(values: Tensor, grads: Tree, params: Tree) -> Tensor:

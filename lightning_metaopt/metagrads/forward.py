@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lightning_metaopt.episode import Episode, differentiable_attention, unroll
+from lightning_metaopt.episode import Episode, unroll
 from lightning_metaopt.metagrads.base import Estimate, MetaGradient
 from lightning_metaopt.objectives import Objective
 from lightning_metaopt.rule import Rule, State, under
-from lightning_metaopt.tree import Tree
+from lightning_metaopt.tree import Tree, tree_map
 
 __all__ = ["ForwardMode"]
 
@@ -50,7 +50,8 @@ class ForwardMode(MetaGradient):
     Raises:
         ValueError: before anything is computed, if the columns would exceed ``max_bytes``, or if the episode carries
             the columns of another rule.
-        NotImplementedError: if an operation in the task's loss or in the rule has no forward derivative in PyTorch.
+        NotImplementedError: if an operation in the rule has no forward derivative in PyTorch. (The task needs none: its
+            part is a product with the inner Hessian.)
 
     >>> import lightning_metaopt as lmo
     >>> family, rule = lmo.tasks.LeastSquares(dim=3, rows=5), lmo.rules.GradientDescent(lr=0.01)
@@ -80,10 +81,10 @@ class ForwardMode(MetaGradient):
 
     @property
     def gradient_evaluations(self) -> int:
-        """For the rule of the latest call (before the first: for one meta-parameter); a column costs an unroll in which
-        every gradient is evaluated together with a Hessian product.
+        """For the rule of the latest call (before the first: for one meta-parameter): an unroll, and for each column another
+        one in which every gradient comes with a Hessian product.
         """
-        return self._columns * (3 * self.steps + 1)
+        return self.steps + 1 + 3 * self.steps * self._columns
 
     def __call__(self, rule: Rule, episode: Episode, objective: Objective) -> Estimate:
         phi = {name: value.detach() for name, value in rule.named_parameters()}
@@ -92,33 +93,27 @@ class ForwardMode(MetaGradient):
         size = self._check_size(episode, columns)
         self._columns = columns
         before = _carried(episode, columns) if self.carry else {}
+        end, losses = unroll(rule, episode, self.steps)
+        value, adjoint = _pull_back(objective, rule, phi, episode, end, losses)
+        grads = {name: adjoint.phi[name].clone() for name in phi}
         after: State = {}
-        slopes: list[Tensor] = []
-        value, end = torch.zeros(()), episode
+        column = 0
         for name, parameter in phi.items():
             for entry in range(parameter.numel()):
                 direction = torch.zeros_like(parameter)
                 direction.view(-1)[entry] = 1.0
                 with _explained(), forward_ad.dual_level(), torch.no_grad():
                     dual_phi = {**phi, name: forward_ad.make_dual(parameter, direction)}
-                    begin = _with_tangents(episode, before, len(slopes))
-                    reached, losses = unroll(rule, begin, self.steps, dual_phi, order="forward")
-                    value, slope = self._objective(rule, dual_phi, objective, (begin, reached), losses)
-                    end = _split(reached, after, len(slopes), columns)
-                slopes.append(slope)
-        flat = torch.stack(slopes).split([parameter.numel() for parameter in phi.values()])
-        grads = {name: piece.view_as(phi[name]) for name, piece in zip(phi, flat, strict=True)}
+                    begin = _with_tangents(episode, before, column)
+                    reached, passed = unroll(rule, begin, self.steps, dual_phi, order="forward")
+                    slope = adjoint.along(begin, reached, passed)
+                    if self.carry:
+                        _store(reached, after, column, columns)
+                grads[name].view(-1)[entry] += slope
+                column += 1
         history = {slot: tree for slot, tree in episode.history.items() if not slot.startswith(PREFIX)}
-        history.update(after if self.carry else {})
-        return Estimate(value, grads, replace(end, history=history), {"columns": float(columns), "tangent_bytes": float(size)})
-
-    def _objective(
-        self, rule: Rule, phi: Tree, objective: Objective, ends: tuple[Episode, Episode], losses: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        with differentiable_attention("forward"):
-            value = under(rule, phi, lambda bound: objective(bound, *ends, losses)).mean()
-        primal, tangent = forward_ad.unpack_dual(value)
-        return primal.detach(), torch.zeros_like(primal) if tangent is None else tangent.detach()
+        info = {"columns": float(columns), "tangent_bytes": float(size)}
+        return Estimate(value, grads, replace(end, history={**history, **after}), info)
 
     def _check_size(self, episode: Episode, columns: int) -> int:
         carried = [leaf for _, _, leaf in _carriers(episode)]
@@ -177,20 +172,61 @@ def _with_tangents(episode: Episode, tangents: State, column: int) -> Episode:
     return replace(episode, params=dual("params", episode.params), state=state)
 
 
-def _split(episode: Episode, tangents: State, column: int, columns: int) -> Episode:
-    # Take the dual numbers of one column apart: its tangents into the store, the values into the episode that goes on.
+def _store(episode: Episode, tangents: State, column: int, columns: int) -> None:
     for slot, name, leaf in _carriers(episode):
         primal, tangent = forward_ad.unpack_dual(leaf)
         tree = tangents.setdefault(slot, {})
         if name not in tree:
             tree[name] = primal.new_zeros(primal.shape[0], columns, *primal.shape[1:])
         if tangent is not None:
-            tree[name][:, column] = tangent.detach()
+            tree[name][:, column] = tangent
 
-    def values(tree: Tree) -> Tree:
-        return {name: forward_ad.unpack_dual(leaf).primal.detach() for name, leaf in tree.items()}
 
-    return replace(episode, params=values(episode.params), state={slot: values(tree) for slot, tree in episode.state.items()})
+@dataclass(frozen=True)
+class _Adjoint:
+    # The objective's derivatives with respect to all that it depends on.
+    phi: Tree
+    start: list[Tensor]
+    end: list[Tensor]
+    losses: Tensor
+
+    def along(self, start: Episode, end: Episode, losses: Tensor) -> Tensor:
+        total = self.losses.new_zeros(())
+        values = [*(leaf for _, _, leaf in _carriers(start)), *(leaf for _, _, leaf in _carriers(end)), losses]
+        for vector, value in zip([*self.start, *self.end, self.losses], values, strict=True):
+            tangent = forward_ad.unpack_dual(value).tangent
+            if tangent is not None:
+                total = total + (vector * tangent).sum()
+        return total
+
+
+def _pull_back(
+    objective: Objective, rule: Rule, phi: Tree, start: Episode, end: Episode, losses: Tensor
+) -> tuple[Tensor, _Adjoint]:
+    # In reverse mode, once for all columns.
+    leaf = {name: value.clone().requires_grad_() for name, value in phi.items()}
+    begin, reached, passed = _as_leaves(start), _as_leaves(end), losses.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        value = under(rule, leaf, lambda bound: objective(bound, begin, reached, passed)).mean()
+    ends = [[value for _, _, value in _carriers(episode)] for episode in (begin, reached)]
+    inputs = [*leaf.values(), *ends[0], *ends[1], passed]
+    if value.requires_grad:
+        found = list(torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True))
+    else:
+        found = [torch.zeros_like(tensor) for tensor in inputs]
+    own, first, last = len(leaf), len(ends[0]), len(ends[1])
+    adjoint = _Adjoint(
+        dict(zip(leaf, found[:own], strict=True)), found[own : own + first], found[own + first : own + first + last], found[-1]
+    )
+    return value.detach(), adjoint
+
+
+def _as_leaves(episode: Episode) -> Episode:
+    def leaf(value: Tensor) -> Tensor:
+        return value.detach().requires_grad_() if value.is_floating_point() else value
+
+    state: State = {slot: tree_map(leaf, tree) for slot, tree in episode.state.items()}
+    return replace(episode, params=tree_map(leaf, episode.params), state=state)
 
 
 @contextmanager
@@ -201,6 +237,6 @@ def _explained() -> Iterator[None]:
         if "forward AD" not in str(error) and "jvp" not in str(error):
             raise
         raise NotImplementedError(
-            f"forward mode is not possible here: {str(error).splitlines()[0]} Use Unrolled (reverse mode) for this task and "
-            "rule, or write the operation with others that have a forward derivative"
+            f"forward mode is not possible with this rule: {str(error).splitlines()[0]} Use Unrolled (reverse mode), or write "
+            "the operation with others that have a forward derivative"
         ) from error

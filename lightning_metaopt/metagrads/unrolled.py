@@ -131,17 +131,18 @@ class Unrolled(MetaGradient):
         grads = _gradient(value, rule, retain_graph=True)
         adjoint = _pull(value, [*_floating(end), values])
         loss_adjoint = adjoint.pop().split(segment)
-        # Backward: recompute a segment with its graph, then push the adjoint through it.
         for index in reversed(range(len(starts))):
-            begin = _as_leaves(starts[index])
-            after, segment_losses = unroll(rule, begin, segment, order=self._order)
-            outputs = [*_floating(after), segment_losses]
-            inner = sum((out * vector).sum() for out, vector in zip(outputs, [*adjoint, loss_adjoint[index]], strict=True))
-            assert isinstance(inner, Tensor)
-            found = _gradient(inner, rule, retain_graph=True)
+            found, adjoint = self._segment(rule, starts[index], adjoint, loss_adjoint[index])
             grads = {name: grad + found[name] for name, grad in grads.items()}
-            adjoint = _pull(inner, _floating(begin))
         return value.detach(), grads, current.detach()
+
+    def _segment(self, rule: Rule, start: Episode, adjoint: Sequence[Tensor], loss_adjoint: Tensor) -> tuple[Tree, list[Tensor]]:
+        # Recompute a segment with its graph and push the adjoint through it; the graph ends with this function.
+        begin = _as_leaves(start)
+        after, losses = unroll(rule, begin, len(loss_adjoint), order=self._order)
+        outputs = zip([*_floating(after), losses], [*adjoint, loss_adjoint], strict=True)
+        inner = torch.stack([(out * vector).sum() for out, vector in outputs]).sum()
+        return _gradient(inner, rule, retain_graph=True), _pull(inner, _floating(begin))
 
 
 def _mean(parts: Iterator[Part]) -> tuple[Tensor, Tree, list[Episode]]:
