@@ -160,7 +160,7 @@ def step(rule: Rule, episode: Episode, order: Order = "none") -> tuple[Episode, 
         found = torch.autograd.grad(
             loss.sum(), list(params.values()), create_graph=graph, allow_unused=True, materialize_grads=True
         )
-    grads = dict(zip(params, found, strict=True))
+    grads = dict(zip(params, found if graph else (grad.detach() for grad in found), strict=True))
     values = loss if twice else loss.detach()
     if order == "forward":
         grads, values = _with_tangents(grads, values, params, episode.params)
@@ -192,7 +192,7 @@ def _with_tangents(grads: Tree, values: Tensor, params: Tree, iterates: Tree) ->
             allow_unused=True,
             materialize_grads=True,
         )
-        changes = dict(zip(params, found, strict=True))
+        changes = detach(dict(zip(params, found, strict=True)))
     return tree_map(forward_ad.make_dual, constants, changes), forward_ad.make_dual(values, slopes.sum(0))
 
 

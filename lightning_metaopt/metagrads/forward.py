@@ -211,7 +211,7 @@ def _pull_back(
     ends = [[value for _, _, value in _carriers(episode)] for episode in (begin, reached)]
     inputs = [*leaf.values(), *ends[0], *ends[1], passed]
     if value.requires_grad:
-        found = list(torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True))
+        found = [grad.detach() for grad in torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)]
     else:
         found = [torch.zeros_like(tensor) for tensor in inputs]
     own, first, last = len(leaf), len(ends[0]), len(ends[1])
