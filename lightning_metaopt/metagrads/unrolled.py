@@ -13,7 +13,7 @@ from lightning_metaopt.episode import Episode, Order, unroll
 from lightning_metaopt.metagrads.base import Estimate, MetaGradient
 from lightning_metaopt.objectives import Objective
 from lightning_metaopt.rule import Rule, State
-from lightning_metaopt.tree import Tree, tree_map
+from lightning_metaopt.tree import Tree, detach, tree_map
 
 __all__ = ["Unrolled"]
 
@@ -164,13 +164,13 @@ def _gradient(value: Tensor, rule: Rule, retain_graph: bool = False) -> Tree:
     if not value.requires_grad:  # nothing that the rule did reached the objective
         return {name: torch.zeros_like(parameter) for name, parameter in rule.named_parameters()}
     found = torch.autograd.grad(value, parameters, retain_graph=retain_graph, allow_unused=True, materialize_grads=True)
-    return dict(zip(names, found, strict=True))
+    return detach(dict(zip(names, found, strict=True)))  # torch 2.6 materialises zeros that require a gradient
 
 
 def _pull(value: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
     if not value.requires_grad:
         return [torch.zeros_like(leaf) for leaf in inputs]
-    return list(torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True))
+    return [found.detach() for found in torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)]
 
 
 def _as_leaves(episode: Episode) -> Episode:
