@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import final
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ def _end_loss(end: Episode) -> Tensor:
     return end.task.loss(end.params, buffers, end.task.batch(end.step))
 
 
+@final
 class FinalLoss(Objective):
     """:math:`f(\\theta_T)`, on the batch that the next step would use."""
 
@@ -40,6 +42,7 @@ class FinalLoss(Objective):
         return _end_loss(end)
 
 
+@final
 class SumLoss(Objective):
     """:math:`\\sum_{t=0}^{T} f(\\theta_t)` (the plain sum over an unroll, as in M-L2O)."""
 
@@ -47,6 +50,7 @@ class SumLoss(Objective):
         return losses.sum(0) + _end_loss(end)
 
 
+@final
 class MeanLoss(Objective):
     """:math:`\\frac1{T+1}\\sum_{t=0}^{T} f(\\theta_t)`: the area under the loss curve."""
 
@@ -54,6 +58,7 @@ class MeanLoss(Objective):
         return (losses.sum(0) + _end_loss(end)) / (len(losses) + 1)
 
 
+@final
 class LogLoss(Objective):
     """:math:`\\frac1{T+1}\\sum_{t=0}^{T} \\log(f(\\theta_t) + \\epsilon)`: weighs problems and phases of different scale
     alike. Needs non-negative losses.
@@ -69,6 +74,7 @@ class LogLoss(Objective):
         return torch.cat([losses, _end_loss(end)[None]]).add(self.eps).log().mean(0)
 
 
+@final
 class ValidationLoss(Objective):
     """:math:`l^{val}(\\theta_T)`, the objective of DCO's Algorithm 1 (line 6)."""
 

@@ -247,6 +247,11 @@ TASKS = [
     TaskRow("SimplexLeastSquares", lambda: tasks.SimplexLeastSquares(dim=4, rows=6, double=True)),
     TaskRow("SimplexLeastSquares, excess", lambda: tasks.SimplexLeastSquares(dim=4, rows=6, excess=True, double=True)),
     TaskRow("NonNegativeLeastSquares", lambda: tasks.NonNegativeLeastSquares(dim=4, rows=6, double=True)),
+    TaskRow("SystemIdentification", lambda: tasks.SystemIdentification(points=20, val_points=9, input_scale=5.0, double=True)),
+    TaskRow(
+        "SmoothInterpolation, own starts",
+        lambda: tasks.SmoothInterpolation((4,), shared_init=False, points=20, val_points=9, double=True),
+    ),
     TaskRow("Supervised", _regression),
     TaskRow("Supervised, one by one", lambda: _regression(vmap=False, shared_init=True)),
     TaskRow("Supervised, batch normalisation", lambda: _regression(nn.BatchNorm1d(4))),
