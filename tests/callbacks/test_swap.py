@@ -2,87 +2,19 @@
 
 import math
 import warnings
-from collections.abc import Callable
 from typing import Any
 
-import lightning.pytorch
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins import MixedPrecision
+from swap_cases import PACKAGES, QUIET, assert_equal, fit, loader, module, momentum, sgd, with_schedule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 import lightning_metaopt as lmo
-
-PACKAGES = ["lightning.pytorch", "pytorch_lightning"]
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-    "log_every_n_steps": 1,
-}
-
-
-def loader() -> DataLoader[Any]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(24, 3, generator=generator)
-    return DataLoader(TensorDataset(x, x.sum(1, keepdim=True).sin()), batch_size=4)
-
-
-def module(package: str, configure: Callable[[Any], Any], manual: bool = False) -> Any:
-    """A LightningModule of one of the packages."""
-    base = pytest.importorskip(package).LightningModule
-
-    class Net(base):  # type: ignore[misc, valid-type]  # the base is chosen at run time
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.body = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
-            self.automatic_optimization = not manual
-            self.rates: list[float] = []
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            loss = (self.body(batch[0]) - batch[1]).square().mean()
-            if manual:
-                optimizers = self.optimizers()
-                for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
-                    optimizer.zero_grad()
-                self.manual_backward(loss)
-                for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
-                    optimizer.step()
-            self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
-            return loss
-
-        def configure_optimizers(self) -> Any:
-            return configure(self)
-
-    return Net()
-
-
-def fit(net: Any, package: str = PACKAGES[0], callbacks: list[Any] | None = None, ckpt: str | None = None, **options: Any) -> Any:
-    options = {**QUIET, "max_epochs": 2, **options}
-    trainer = pytest.importorskip(package).Trainer(callbacks=callbacks or [], **options)
-    trainer.fit(net, loader(), ckpt_path=ckpt)
-    return trainer
-
-
-def sgd(lr: float = 0.05, **options: Any) -> Callable[[Any], Any]:
-    return lambda self: torch.optim.SGD(self.parameters(), lr, **options)
-
-
-def assert_equal(left: nn.Module, right: nn.Module, tolerance: float = 0.0) -> None:
-    for a, b in zip(left.parameters(), right.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-
-
-def momentum() -> lmo.SwapOptimizer:
-    return lmo.SwapOptimizer(lmo.rules.HeavyBall(0.05, 0.9))
-
 
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -115,15 +47,6 @@ def test_grad_scaler_and_its_skipped_steps() -> None:
         assert scaler.get_scale() < 2.0**24
     assert_equal(plain, swapped, 1e-5)
     assert swapped.trainer.optimizers[0].skipped_steps == 0
-
-
-def with_schedule(lr: float, **options: Any) -> Callable[[Any], Any]:
-    def configure(self: Any) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), lr, **options)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=12)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    return configure
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -182,49 +105,6 @@ def test_lr_unit_weight_decay_and_guard() -> None:
     assert float((after - before).norm()) == pytest.approx(1e-3, rel=1e-3)
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_resume_is_exact(package: str, tmp_path: Any) -> None:
-    callbacks = pytest.importorskip(package).callbacks
-    saving = {"enable_checkpointing": True, "default_root_dir": tmp_path}
-
-    def saver(name: str) -> Any:
-        return callbacks.ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=6, filename=name + "{step}", save_top_k=-1)
-
-    straight, broken, resumed = (module(package, with_schedule(0.3)) for _ in range(3))
-    whole = fit(straight, package, [lmo.SwapOptimizer(lmo.rules.Adam(0.02))], max_epochs=3)
-    fit(broken, package, [lmo.SwapOptimizer(lmo.rules.Adam(0.02)), saver("at-")], max_epochs=2, **saving)
-    # what counts is the phi in the checkpoint
-    again = [lmo.SwapOptimizer(lmo.rules.Adam(0.5)), saver("again-")]
-    part = fit(resumed, package, again, ckpt=str(tmp_path / "at-step=6.ckpt"), max_epochs=3, **saving)
-    assert straight.rates[6:] == resumed.rates
-    assert_equal(straight, resumed)
-    one, two = whole.optimizers[0].state_dict(), part.optimizers[0].state_dict()
-    assert all(torch.equal(one["state"][i][key], two["state"][i][key]) for i in one["state"] for key in one["state"][i])
-
-
-def test_the_checkpoint_of_another_optimizer_is_refused(tmp_path: Any) -> None:
-    def saver() -> Any:
-        return ModelCheckpoint(dirpath=tmp_path, save_last=True)
-
-    saving = {"enable_checkpointing": True, "default_root_dir": tmp_path}
-    fit(module(PACKAGES[0], sgd()), callbacks=[saver()], max_epochs=1, **saving)
-    net, path = module(PACKAGES[0], sgd()), str(tmp_path / "last.ckpt")
-    with pytest.raises(ValueError, match="no entry 'rule'"):
-        fit(net, callbacks=[momentum(), saver()], ckpt=path, **saving)
-
-
-def test_fit_twice() -> None:
-    once, twice = module(PACKAGES[0], sgd()), module(PACKAGES[0], sgd())
-    fit(once, callbacks=[lmo.SwapOptimizer(lmo.rules.GradientDescent(0.05))], max_epochs=4)
-    optimizer = torch.optim.SGD(twice.parameters(), 0.05)
-    twice.configure_optimizers = lambda: optimizer  # even the same one again
-    trainer = fit(twice, callbacks=[lmo.SwapOptimizer(lmo.rules.GradientDescent(0.05))], max_epochs=2)
-    trainer.fit_loop.max_epochs = 4
-    trainer.fit(twice, loader())
-    assert_equal(once, twice)
-    optimizer.step()  # its owner may have it back afterwards
-
-
 def two_optimizers(self: Any) -> Any:
     return [torch.optim.SGD(self.body[0].parameters(), 0.05), torch.optim.SGD(self.body[2].parameters(), 0.05)]
 
@@ -240,47 +120,6 @@ def test_several_optimizers_and_manual_optimisation(index: int | None) -> None:
     assert_equal(plain, swapped, 1e-6)
     with pytest.raises(ValueError, match="optimizer_index is 2, but the module configured 2"):
         fit(swapped, callbacks=[lmo.SwapOptimizer(lmo.rules.GradientDescent(0.05), optimizer_index=2)])
-
-
-def test_a_module_that_steps_its_own_optimizers_is_refused() -> None:
-    listed = module(PACKAGES[0], sgd(), manual=True)
-    own = torch.optim.SGD(listed.parameters(), 0.05)
-    type(listed).optimizers = [own]  # as some published modules do
-    before = [p.detach().clone() for p in listed.parameters()]
-    with pytest.raises(RuntimeError, match="attribute `optimizers` of its own"):
-        fit(listed, callbacks=[momentum()])
-    assert isinstance(listed.trainer.strategy.optimizers[0], torch.optim.SGD)
-    hidden = module(PACKAGES[0], sgd(), manual=True)
-
-    def training_step(batch: Any, batch_idx: int) -> None:
-        optimizer.step()
-
-    optimizer = torch.optim.SGD(hidden.parameters(), 0.05)
-    hidden.configure_optimizers = lambda: optimizer
-    hidden.training_step = training_step
-    with pytest.raises(RuntimeError, match="has replaced this SGD, but something still steps it"):
-        fit(hidden, callbacks=[momentum()])
-    optimizer.step()  # the guard is gone after the failure
-    for net in (listed, hidden):
-        assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
-
-
-@pytest.mark.parametrize("name", ["handles_gradient_accumulation", "restore_checkpoint_after_setup"])
-def test_sharding_strategies_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lightning.pytorch.strategies.SingleDeviceStrategy, name, property(lambda self: True))
-    with pytest.raises(RuntimeError, match="SwapOptimizer needs whole parameters.*SingleDeviceStrategy"):
-        fit(module(PACKAGES[0], sgd()), callbacks=[momentum()])
-
-
-def test_what_cannot_be_replaced() -> None:
-    with pytest.raises(ValueError, match="maximize"):
-        fit(module(PACKAGES[0], sgd(maximize=True)), callbacks=[momentum()])
-    with pytest.raises(ValueError, match="lr_unit of param group 0 must be positive"):
-        fit(module(PACKAGES[0], sgd(lr=0.0)), callbacks=[momentum()])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # Lightning warns of configure_optimizers returning None
-        with pytest.raises(ValueError, match="Net.configure_optimizers returns no optimizer"):
-            fit(module(PACKAGES[0], lambda self: None), callbacks=[momentum()])
 
 
 def test_sized_rules_are_matched_by_the_modules_names() -> None:
@@ -318,13 +157,6 @@ def test_parameters_that_are_thawed_later() -> None:
     trainer = fit(swapped, callbacks=[Thaw(), lmo.SwapOptimizer(rule)])
     assert len(trainer.optimizers[0].param_groups) == 2
     assert_equal(plain, swapped, 1e-6)
-
-
-def test_checkpoints_load_without_pickled_code(tmp_path: Any) -> None:
-    saver = ModelCheckpoint(dirpath=tmp_path, save_last=True)
-    fit(module(PACKAGES[0], sgd()), callbacks=[momentum(), saver], enable_checkpointing=True, default_root_dir=tmp_path)
-    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert checkpoint["optimizer_states"][0]["rule"]["class"] == "HeavyBall"
 
 
 class Plain(LightningModule):
