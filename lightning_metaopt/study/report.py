@@ -86,8 +86,7 @@ def summarise(results: Mapping[str, MethodResult]) -> list[tuple[str, str, float
     """Mean and standard deviation over seeds of every score, as rows of ``summary.csv``."""
     rows = []
     for name, result in results.items():
-        for metric in next(iter(result.runs.values())).scores:
-            values = [run.scores[metric] for run in result.runs.values()]
+        for metric, values in result.scores().items():
             finite = [value for value in values if math.isfinite(value)]
             mean = statistics.fmean(values) if len(finite) == len(values) else math.nan
             spread = statistics.stdev(values) if len(finite) == len(values) > 1 else math.nan
@@ -96,13 +95,13 @@ def summarise(results: Mapping[str, MethodResult]) -> list[tuple[str, str, float
 
 
 def _markdown(recipe: Recipe, results: Mapping[str, MethodResult], command: str) -> str:
-    metrics = list(next(iter(next(iter(results.values())).runs.values())).scores)
+    metrics = list(dict.fromkeys(metric for result in results.values() for metric in result.scores()))
     cells = {(name, metric): figure(mean, sd) for name, metric, mean, sd, _ in summarise(results)}
     lines = [f"# {recipe.title}", ""]
     if recipe.claim:
         lines += [f"Claim: {recipe.claim.strip()}", ""]
     lines += [f"Mean ± standard deviation over seeds {recipe.seeds}. `{command}`", ""]
-    rows = [[name, *(cells[name, metric] for metric in metrics)] for name in results]
+    rows = [[name, *(cells.get((name, metric), "diverged") for metric in metrics)] for name in results]
     lines += table(["method", *metrics], rows)
     lines += ["", f"Options: chosen among {recipe.trials} trials for every searched method, on seeds {recipe.tuning_seeds}.", ""]
     header = ["method", "chosen", "at the edge of its grid", "meta-training: gradient evaluations", "seconds", "pays back after"]
@@ -118,7 +117,7 @@ def _markdown(recipe: Recipe, results: Mapping[str, MethodResult], command: str)
         lines += ["", "What the rules learned (mean over seeds):", ""]
         rows = []
         for name, by_seed in learned.items():
-            keys = next(iter(by_seed.values()))
+            keys = next(iter(by_seed.values()), {})
             parts = [f"{key} {statistics.fmean(described[key] for described in by_seed.values()):.4g}" for key in keys]
             rows.append([name, ", ".join(parts)])
         lines += table(["method", "rule"], rows)

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_metaopt.loop import MetaLoop
 from lightning_metaopt.rule import Rule
-from lightning_metaopt.study.evaluation import Candidate, Result, stream
+from lightning_metaopt.study.evaluation import Candidate, Result, Split, stream
 from lightning_metaopt.study.spec import Method, Recipe
 
 __all__ = ["Cost", "MethodResult", "Progress", "Trial", "run_recipe", "train_rule"]
@@ -63,6 +63,11 @@ class MethodResult:
     training: Cost = field(default_factory=Cost)
     search: Cost = field(default_factory=Cost)
     learned: dict[int, dict[str, float]] = field(default_factory=dict)
+
+    def scores(self) -> dict[str, list[float]]:
+        """The figures of all seeds by metric; not-a-number where a run has none because its meta-training diverged."""
+        metrics = dict.fromkeys(metric for run in self.runs.values() for metric in run.scores)
+        return {metric: [run.scores.get(metric, math.nan) for run in self.runs.values()] for metric in metrics}
 
 
 class Progress:
@@ -154,11 +159,9 @@ def _search(recipe: Recipe, name: str, method: Method, result: MethodResult, pro
         scores = []
         for seed in recipe.tuning_seeds:
             candidate = method.candidate(recipe.family, options)
-            rule, cost = train_rule(candidate, seed, progress, f"{name}: trial {index + 1}/{len(trials)}")
-            run = recipe.evaluation.run(recipe.family, candidate, rule, seed, "tune")
+            run, _, cost = _run(recipe, candidate, seed, "tune", progress, f"{name}: trial {index + 1}/{len(trials)}")
             result.search.add(cost)
             scores.append(run.scores[recipe.evaluation.objective])
-            progress.done()
         score = sum(scores) / len(scores)
         result.trials.append(Trial(options, score if math.isfinite(score) else math.inf))
     best = min(result.trials, key=lambda trial: trial.score)
@@ -168,16 +171,23 @@ def _search(recipe: Recipe, name: str, method: Method, result: MethodResult, pro
 def _final(recipe: Recipe, name: str, method: Method, result: MethodResult, progress: Progress) -> None:
     for seed in recipe.seeds:
         candidate = method.candidate(recipe.family, result.chosen)
-        rule, cost = train_rule(candidate, seed, progress, f"{name}: seed {seed}")
-        result.runs[seed] = recipe.evaluation.run(recipe.family, candidate, rule, seed, "test")
+        result.runs[seed], rule, cost = _run(recipe, candidate, seed, "test", progress, f"{name}: seed {seed}")
         result.training.add(Cost(cost.gradient_evaluations / len(recipe.seeds), cost.seconds / len(recipe.seeds)))
         if rule is not None:
             result.rules[seed], result.learned[seed] = rule, rule.describe()
-        progress.done()
-    first = next(iter(result.runs.values())).scores
-    shown = ", ".join(f"{key} {_mean([run.scores[key] for run in result.runs.values()]):.4g}" for key in first)
+    shown = ", ".join(f"{metric} {sum(values) / len(values):.4g}" for metric, values in result.scores().items())
     progress.console.print(f"{name}: {shown}")
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _run(
+    recipe: Recipe, candidate: Candidate, seed: int, split: Split, progress: Progress, description: str
+) -> tuple[Result, Rule | None, Cost]:
+    """Meta-train if need be, then judge. A meta-training that diverges for good is a result too: not-a-number."""
+    try:
+        rule, cost = train_rule(candidate, seed, progress, description)
+        run = recipe.evaluation.run(recipe.family, candidate, rule, seed, split)
+    except FloatingPointError as error:
+        progress.console.print(f"{description}: {error}")
+        run, rule, cost = Result({}, {recipe.evaluation.objective: math.nan}, 0, 0.0), None, Cost()
+    progress.done()
+    return run, rule, cost

@@ -104,6 +104,24 @@ def test_diverged_runs_are_said_to_diverge(source):
     assert figure(row[2], row[3]) == "diverged"
 
 
+@pytest.mark.filterwarnings("ignore:the meta-gradient is not finite")
+def test_a_meta_training_that_diverges_for_good_loses_its_search_and_stops_nothing(source, tmp_path):
+    dcog = source["methods"]["DCOG"]
+    dcog["search"] = {"rule.init_args.scale": [10.0, 1e-5, 1e-4]}
+    dcog["train"]["metagrad"] = {"class_path": "Unrolled", "init_args": {"steps": 5}}
+    dcog["trainer"]["max_epochs"] = 40
+    recipe = Recipe.from_source(source)
+    result = run_recipe(recipe, Progress(1, quiet=True))["DCOG"]
+    assert [trial.score for trial in result.trials[1:]] == [math.inf, math.inf]
+    assert result.chosen == {"rule.init_args.scale": 10.0}
+    dcog["search"], recipe.trials = {}, 1
+    dcog["rule"]["init_args"]["scale"] = 1e-5
+    recipe = Recipe.from_source(source)
+    results = run_recipe(recipe, Progress(1, quiet=True))
+    write_results(tmp_path / "out", recipe, results, "the command")
+    assert "| DCOG | diverged |" in (tmp_path / "out" / "summary.md").read_text(encoding="utf-8")
+
+
 def test_start_of_an_episode_is_the_task_s_own_point():
     task = lmo.tasks.LeastSquares(dim=3, rows=5, start_std=1.0).draw(0, 2)
     episode = start(lmo.rules.GradientDescent(), task)
