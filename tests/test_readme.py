@@ -1,0 +1,66 @@
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+import lightning_metaopt as lmo
+from lightning_metaopt.study.spec import load_recipe
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+def block(marker):
+    (found,) = [text for text in BLOCKS if marker in text]
+    return found
+
+
+@pytest.fixture
+def rule_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lmo.save_rule(lmo.rules.GradientDescent(lr=0.1), "my_rule.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore:.*logger")
+def test_meta_training_as_in_the_readme(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(block("lmo.MetaLoop("), names)
+    saved = lmo.load_rule("my_rule.safetensors")
+    for one, other in zip(saved.parameters(), names["rule"].parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert names["learner"].history[-1]["val_loss"] < names["learner"].history[0]["val_loss"]
+
+
+@pytest.mark.filterwarnings("ignore:.*tensorboardX")
+def test_swapping_as_in_the_readme(rule_file):
+    names = {}
+    exec(block("SwapOptimizer("), names)
+    assert any(isinstance(callback, lmo.SwapOptimizer) for callback in names["trainer"].callbacks)
+    exec(block("def configure_optimizers"), names | {"lmo": lmo}, names)
+    optimizer = names["configure_optimizers"](BoringModel())
+    assert isinstance(optimizer, lmo.LearnedOptimizer)
+    assert optimizer.rule.describe()["lr"] == pytest.approx(0.1)
+
+
+def test_every_python_block_is_tested():
+    assert len(BLOCKS) == 3
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*/*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_can_run(path):
+    recipe = load_recipe([str(path)])
+    assert len(recipe.seeds) >= 5
+    ordinary = [name for name, method in recipe.methods.items() if method.train is None]
+    assert all(len(recipe.methods[name].trials()) == recipe.trials for name in ordinary)
+
+
+def test_the_pictures_and_pages_that_the_readme_shows_exist():
+    for page in ROOT.glob("**/README.md"):
+        if ".venv" in page.parts:
+            continue
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page}: {target}"
