@@ -1,8 +1,8 @@
 import pytest
 import yaml
+from tiny_recipe import TINY
 
 from lightning_metaopt.cli import main
-from tests.study.conftest import TINY
 
 
 @pytest.fixture
