@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_metaopt.tree import Tree, escape, tree_map, unescape
+from lightning_metaopt.tree import Tree, escape, unescape
 
-__all__ = ["Rule", "State", "clone_state", "per_parameter", "under"]
+__all__ = ["Rule", "State", "per_parameter", "under"]
 
 State = dict[str, Tree]
 """Slots of a rule (``"momentum"``, ``"step"``) to trees with one leaf ``(B, ...)`` for each parameter."""
@@ -150,8 +150,3 @@ def under(rule: Rule, phi: Mapping[str, Tensor] | None, compute: Callable[[Rule]
         return compute(rule)
     result: T = functional_call(_Bound(rule), {f"rule.{name}": value for name, value in phi.items()}, (compute,))
     return result
-
-
-def clone_state(state: State) -> State:
-    """A copy that shares no memory."""
-    return {slot: tree_map(Tensor.clone, tree) for slot, tree in state.items()}

@@ -14,7 +14,7 @@ from torch import nn
 import lightning_metaopt as lmo
 from lightning_metaopt import rules
 from lightning_metaopt.episode import Episode, start, unroll
-from lightning_metaopt.rule import Rule, clone_state, under
+from lightning_metaopt.rule import Rule, under
 from lightning_metaopt.tree import leaves, tree_map
 
 every_rule = pytest.mark.parametrize("row", RULES, ids=lambda row: row.name)
@@ -150,7 +150,7 @@ def test_the_in_place_form_agrees_with_the_pure_one(row: RuleRow):
     rule = row.rule()
     params = row.family.draw(seed=0, size=2).init(torch.Generator().manual_seed(0))[0]
     state = rule.init(params)
-    moved, own = tree_map(torch.clone, params), clone_state(state)
+    moved, own = tree_map(torch.clone, params), {slot: tree_map(torch.clone, tree) for slot, tree in state.items()}
     for seed in range(100 if row.steps > 1 else 5):
         torch.manual_seed(seed)
         grads, loss = tree_map(torch.randn_like, params), torch.rand(2, dtype=torch.float64)

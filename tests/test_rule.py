@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import lightning_metaopt as lmo
-from lightning_metaopt.rule import Rule, clone_state, per_parameter, under
+from lightning_metaopt.rule import Rule, per_parameter, under
 
 
 class Scaled(Rule):
@@ -108,10 +108,3 @@ def test_the_default_description_names_parameters_as_the_network_does():
     assert rule.describe() == {"rate.w": 0.5}
     assert rule.shapes is None
     assert rule.joint is False
-
-
-def test_a_cloned_state_shares_nothing():
-    state = {"slot": {"w": torch.ones(2)}}
-    clone = clone_state(state)
-    clone["slot"]["w"].zero_()
-    assert state["slot"]["w"].tolist() == [1.0, 1.0]
