@@ -13,7 +13,6 @@ first meta-step, each method in a process of its own.
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -127,9 +126,11 @@ def ratio(times: dict[str, list[float]], name: str, base: str) -> float:
     return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
 
 
-def resident_mb() -> float:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+def resident_mb(peak: bool = False) -> float:
+    """Resident set of this process, or its peak since the process began its own program (Linux)."""
+    with open("/proc/self/status") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return int(fields["VmHWM" if peak else "VmRSS"].split()[0]) / 2**10
 
 
 def print_added_memory(case: str, size: int, method: str, steps: int) -> None:
@@ -139,7 +140,7 @@ def print_added_memory(case: str, size: int, method: str, steps: int) -> None:
     before = resident_mb()
     for _ in range(3):
         getattr(problem, method)(steps)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - before)
+    print(resident_mb(peak=True) - before)
 
 
 def added_memory(case: str, size: int, method: str, steps: int, repeats: int) -> float:

@@ -90,7 +90,10 @@ class Unrolled(MetaGradient):
         preferred = episode.task.preferred_chunk if self.chunk == "auto" else self.chunk
         chunk = min(preferred, episode.size) if isinstance(preferred, int) else episode.size
         loss, grads, ends = _mean(self._chunks(rule, episode, objective, chunk))
-        return Estimate(loss, grads, Episode.join(ends), {"chunk": float(chunk)})
+        if len(ends) > 1:  # task and starting point are those that came in: a joined copy of them would stay in memory
+            joined = Episode.join([replace(end, origin={}) for end in ends])
+            ends = [replace(joined, task=episode.task, origin=episode.origin)]
+        return Estimate(loss, grads, ends[0], {"chunk": float(chunk)})
 
     def _chunks(self, rule: Rule, episode: Episode, objective: Objective, chunk: int) -> Iterator[Part]:
         for begin in range(0, episode.size, chunk):
