@@ -1,7 +1,7 @@
 """One unrolled meta-step with a learned step size for every weight: ours against ``higher`` and a hand-written loop.
 
-    python benchmarks/unroll.py            # about two minutes on one core
-    python benchmarks/unroll.py --quick    # about half a minute
+    python benchmarks/unroll.py            # about six minutes on one core
+    python benchmarks/unroll.py --quick    # about two minutes
 
 A meta-step is T inner steps of gradient descent with step sizes 1/Lambda^2, and the gradient of the final loss with respect to
 Lambda. Ours runs through tasks, episodes and ``Unrolled``. All methods compute the same numbers, which is checked first. Times

@@ -24,9 +24,9 @@ _CRITERIA: dict[str, Criterion] = {"cross_entropy": nn.functional.cross_entropy,
 _FROZEN = "frozen."
 
 # Problems are differentiated together where the time goes into starting kernels, one by one where it goes into arithmetic
-# and memory. Measured with 16 problems and 5 steps on a CPU core: together is 4 to 5 times as fast at 4e4 multiplications a
-# step, 1.6 times at 3e6, 0.9 times at 1e7. Above 65,536 parameters the graphs of all problems together cost more memory than
-# the speed is worth.
+# and memory. Measured with 16 perceptrons and 5 steps on a CPU core (benchmarks/unroll.py): together is 6 times as fast at 4e4
+# multiplications a step, 2.6 times at 2e6, and within a fifth of the same from 1e7 on, where it needs 5 times the memory, which
+# also grows with the number of parameters. Accelerators, whose kernels start slower, were not measured.
 TOGETHER_UP_TO = 4e6
 TOGETHER_PARAMETERS = 2**16
 
