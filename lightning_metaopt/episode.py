@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -142,8 +142,10 @@ def _leaf(value: Tensor, order: Order) -> Tensor:
     return value if order == "second" and value.requires_grad else value.detach().requires_grad_()
 
 
-def step(rule: Rule, episode: Episode, order: Order = "none") -> tuple[Episode, Tensor]:
+def step(rule: Rule, episode: Episode, order: Order = "none", alone: bool = False) -> tuple[Episode, Tensor]:
     """One inner step: gradient of the task's loss, update of the rule, new iterates.
+
+    With ``alone``, the leaves of ``episode.params`` and ``episode.state`` are those of one problem, without the axis.
 
     Returns:
         The next episode, and the losses ``(B,)`` at the iterates **before** the step. With ``order="first"`` the
@@ -155,11 +157,14 @@ def step(rule: Rule, episode: Episode, order: Order = "none") -> tuple[Episode, 
     # At an iterate that depends on nothing (the first of an unroll) gradients and losses are constants.
     twice = order == "second" and any(leaf.requires_grad for leaf in episode.params.values())
     with torch.enable_grad():
-        loss = episode.task.loss(params, buffers, episode.task.batch(episode.step))
+        batch = episode.task.batch(episode.step)
+        task = episode.task
+        loss = task.loss_alone(params, buffers, batch) if alone else task.loss(params, buffers, batch)
         graph = twice or order == "forward"
         found = torch.autograd.grad(
-            loss.sum(), list(params.values()), create_graph=graph, allow_unused=True, materialize_grads=True
+            loss if alone else loss.sum(), list(params.values()), create_graph=graph, allow_unused=True, materialize_grads=True
         )
+        loss = loss.unsqueeze(0) if alone else loss
     grads = dict(zip(params, found if graph else (grad.detach() for grad in found), strict=True))
     values = loss if twice else loss.detach()
     if order == "forward":
@@ -205,6 +210,11 @@ def _attach_gradient(values: Tensor, grads: Tree, params: Tree) -> Tensor:
     return values
 
 
+def _each_leaf(episode: Episode, change: Callable[[Tensor], Tensor]) -> Episode:
+    state = {slot: tree_map(change, tree) for slot, tree in episode.state.items()}
+    return replace(episode, params=tree_map(change, episode.params), state=state)
+
+
 def unroll(
     rule: Rule, episode: Episode, steps: int, phi: Mapping[str, Tensor] | None = None, order: Order = "none"
 ) -> tuple[Episode, Tensor]:
@@ -227,16 +237,19 @@ def unroll(
     >>> losses.shape, bool((losses[-1] < losses[0]).all())
     (torch.Size([10, 2]), True)
     """
+    # Dropping the axis of a problem that is alone and adding it again costs four operations for each parameter and step.
+    alone = episode.size == 1 and rule.elementwise and type(episode.task).loss_alone is not Task.loss_alone
 
     def run(bound: Rule) -> tuple[Episode, Tensor]:
-        current, losses = episode, []
+        if not steps:
+            return episode, next(iter(episode.params.values())).new_zeros(0, episode.size)
+        current = _each_leaf(episode, lambda leaf: leaf.squeeze(0)) if alone else episode
+        losses = []
         with bound.holding():
             for _ in range(steps):
-                current, loss = step(bound, current, order)
+                current, loss = step(bound, current, order, alone)
                 losses.append(loss)
-        if not losses:
-            return current, next(iter(episode.params.values())).new_zeros(0, episode.size)
-        return current, torch.stack(losses)
+        return _each_leaf(current, lambda leaf: leaf.unsqueeze(0)) if alone else current, torch.stack(losses)
 
     with differentiable_attention(order):
         return under(rule, phi, run)

@@ -36,6 +36,10 @@ class Rule(nn.Module, ABC):
     """True (of a class, or of one rule) if the update of one parameter needs the gradients of all others, recorded in
     :attr:`shapes` (a full matrix). An optimizer then fills in zeros for missing gradients instead of leaving the parameter out."""
 
+    elementwise: bool = False
+    """True (of a class, or of one rule) if a coordinate's update depends on that coordinate alone and every leaf of the state
+    has the shape of its parameter. The inner loop hands such a rule a problem that is alone without the axis of problems."""
+
     _held: dict[str, Tree] | None = None
 
     @property

@@ -57,6 +57,14 @@ class Task(ABC):
         ``buffers`` may be changed in place; the inner loop hands in copies.
         """
 
+    def loss_alone(self, params: Tree, buffers: Tree, batch: Any) -> Tensor:
+        """The loss of a task with one problem, shape ``()``, for ``params`` without the axis of problems, ``(*shape)``.
+
+        Override it where a problem alone needs no such axis: the inner loop then leaves it out for rules that act element
+        by element, which saves their many small operations. ``buffers`` and ``batch`` keep theirs.
+        """
+        return self.loss(tree_map(lambda leaf: leaf.unsqueeze(0), params), buffers, batch).squeeze(0)
+
     def batch(self, step: int) -> Any:
         """The data of inner step ``step`` (0-based); by default the whole of :attr:`data`."""
         return self.data

@@ -54,6 +54,8 @@ class GradientDescent(Rule):
     [[-0.5, -0.5]]
     """
 
+    elementwise = True
+
     def __init__(self, lr: float = 0.01) -> None:
         super().__init__()
         self.log_lr = _log(lr, "lr")
@@ -87,6 +89,8 @@ class HeavyBall(Rule):
         momentum: initial :math:`\\mu`, strictly between 0 and 1.
         nesterov: use Nesterov's form.
     """
+
+    elementwise = True
 
     def __init__(self, lr: float = 0.01, momentum: float = 0.9, nesterov: bool = False) -> None:
         super().__init__()
@@ -133,6 +137,8 @@ class RMSprop(Rule):
         alpha: initial averaging constant, strictly between 0 and 1.
         eps: added to the root, in units of the gradient; not learned.
     """
+
+    elementwise = True
 
     def __init__(self, lr: float = 0.01, alpha: float = 0.99, eps: float = 1e-8) -> None:
         super().__init__()

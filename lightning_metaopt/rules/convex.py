@@ -95,6 +95,7 @@ class DCOGradient(Rule):
         self.normalize = normalize
         self.constraint = resolve_constraint(constraint)
         self.joint = self.constraint is not None and self.constraint.coupled
+        self.elementwise = not normalize and self.constraint is None
         self.layout = Layout.of(shapes)
 
     @property
@@ -245,7 +246,9 @@ def _scaled_updates(rule: DCOGradient | DCOMomentum, directions: Tree, params: T
     def factors() -> Tree:
         return {name: (-rule.scale[escape(name)].square().reciprocal()).expand_as(d) for name, d in directions.items()}
 
-    steps = tree_map(torch.mul, directions, rule.once("factors", factors))
+    # Factors come first: gradients of weights are transposed in memory, and a product is laid out as its first operand.
+    held = rule.once("factors", factors)
+    steps = {name: held[name] * direction for name, direction in directions.items()}
     if rule.constraint is None:
         return steps
     metric = {name: rule.scale[escape(name)].square() for name in directions}

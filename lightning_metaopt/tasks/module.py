@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,35 +111,43 @@ class ModuleTask(Task):
     def val_loss(self, params: Tree, buffers: Tree) -> Tensor:
         return self._losses(params, buffers, self.val_batch(), training=False)
 
-    def _losses(self, params: Tree, buffers: Tree, batch: Tree, *, training: bool) -> Tensor:
+    def loss_alone(self, params: Tree, buffers: Tree, batch: Any) -> Tensor:
+        return self._one_of(0, params, buffers, batch, training=True)
+
+    def _one(self, params: Tree, buffers: Tree, inputs: Tensor, targets: Tensor, *, training: bool) -> Tensor:
+        # One problem's loss, shape (), from tensors without the axis of problems.
         frozen = {name.removeprefix(_FROZEN): leaf for name, leaf in self.shared.items() if name.startswith(_FROZEN)}
+        tensors = {**frozen, **params, **buffers}
+        loss = self.criterion(self.network(tensors, inputs, training=training), targets)
+        for name, buffer in buffers.items():
+            if tensors[name] is not buffer:  # the module put a new tensor in the buffer's place
+                buffer.copy_(tensors[name])
+        return loss
 
-        def one(params: Tree, buffers: Tree, inputs: Tensor, targets: Tensor) -> Tensor:
-            tensors = {**frozen, **params, **buffers}
-            loss = self.criterion(self.network(tensors, inputs, training=training), targets)
-            for name, buffer in buffers.items():
-                if tensors[name] is not buffer:  # the module put a new tensor in the buffer's place
-                    buffer.copy_(tensors[name])
-            return loss
+    def _one_of(self, index: int, params: Tree, buffers: Tree, batch: Tree, *, training: bool) -> Tensor:
+        # The same for problem ``index`` of a batch; only ``params`` are its own already.
+        inputs = batch["inputs"][index]
+        seed = int(batch["seed"][index]) if training and self.network.random else None
+        own = {name: leaf[index] for name, leaf in buffers.items()}
+        with nullcontext() if seed is None else seeded(seed, inputs.device):
+            return self._one(params, own, inputs, batch["targets"][index], training=training)
 
+    def _losses(self, params: Tree, buffers: Tree, batch: Tree, *, training: bool) -> Tensor:
         inputs, targets = batch["inputs"], batch["targets"]
         if len(inputs) > 1 and not self.one_by_one:
             try:
                 with sdpa_kernel(SDPBackend.MATH):  # under vmap, the fused kernels of attention run problem by problem
-                    losses: Tensor = torch.vmap(one)(params, buffers, inputs, targets)
+                    losses: Tensor = torch.vmap(partial(self._one, training=training))(params, buffers, inputs, targets)
             except RuntimeError as error:
                 error.add_note(
                     "Several problems at once run under torch.vmap; for a module that it does not support pass vmap=False."
                 )
                 raise
             return losses
-        seeds = batch["seed"].tolist() if training and self.network.random else None
-        found = []
         # Views whose derivatives neither fill zeros nor, for a problem alone, copy.
         pieces = {name: leaf.unbind() if len(leaf) > 1 else (leaf.squeeze(0),) for name, leaf in params.items()}
-        for index in range(len(inputs)):
-            params_of = {name: piece[index] for name, piece in pieces.items()}
-            buffers_of = {name: leaf[index] for name, leaf in buffers.items()}
-            with nullcontext() if seeds is None else seeded(seeds[index], inputs.device):
-                found.append(one(params_of, buffers_of, inputs[index], targets[index]))
+        found = [
+            self._one_of(index, {name: piece[index] for name, piece in pieces.items()}, buffers, batch, training=training)
+            for index in range(len(inputs))
+        ]
         return torch.stack(found) if len(found) > 1 else found[0].unsqueeze(0)
