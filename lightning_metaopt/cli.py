@@ -212,10 +212,22 @@ def _plot(options: Any, overrides: dict[str, str], command: str) -> None:
 
 
 def _list(options: Any, overrides: dict[str, str], command: str) -> None:
-    import lightning_metaopt as lmo
+    import inspect
 
-    for heading, module in (("rules", lmo.rules), ("task families", lmo.tasks), ("meta-gradients", lmo.metagrads)):
-        print(f"{heading}: {', '.join(name for name in module.__all__ if name[0].isupper())}")
+    import lightning_metaopt as lmo
+    from lightning_metaopt.rules import Constraint
+
+    listed: list[tuple[str, Any, type]] = [
+        ("rules", lmo.rules, lmo.Rule),
+        ("constraints", lmo.rules, Constraint),
+        ("task families", lmo.tasks, lmo.TaskFamily),
+        ("meta-gradients", lmo.metagrads, lmo.MetaGradient),
+    ]
+    for heading, module, kind in listed:
+        classes = {name: getattr(module, name) for name in module.__all__}
+        final = {name: found for name, found in classes.items() if inspect.isclass(found) and not inspect.isabstract(found)}
+        usable = [name for name, found in final.items() if issubclass(found, kind)]
+        print(f"{heading}: {', '.join(usable)}")
     print(f"objectives: {', '.join(lmo.objectives.PRESETS)}")
     recipes = sorted(str(path) for path in Path("recipes").glob("*/*.yaml"))
     print(f"recipes: {', '.join(recipes) or 'none below ./recipes'}")

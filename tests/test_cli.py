@@ -80,5 +80,7 @@ def test_configs_stack(recipe, tmp_path, capsys):
 def test_list_names_what_there_is(recipe, capsys):
     assert main(["list"]) == 0
     out = capsys.readouterr().out
+    assert "constraints: Box, L1Ball, NonNegative, ProximalL1, Simplex, TrustRegion" in out
+    assert "Estimate" not in out
     for name in ("DCOMomentum", "LeastSquares", "Unrolled", "validation"):
         assert name in out
