@@ -189,8 +189,8 @@ class Adam(Rule):
 
     def forward(self, grads: Tree, state: State, params: Tree, loss: Tensor | None = None) -> tuple[Tree, State]:
         rate, beta1, beta2 = self.log_lr.exp(), self.beta1_logit.sigmoid(), self.beta2_logit.sigmoid()
-        mean = {name: torch.lerp(grad, state["mean"][name], beta1) for name, grad in grads.items()}
-        square = {name: torch.lerp(grad.square(), state["square"][name], beta2) for name, grad in grads.items()}
+        mean = {name: torch.lerp(grad, state["mean"][name], beta1.to(grad.dtype)) for name, grad in grads.items()}
+        square = {name: torch.lerp(grad.square(), state["square"][name], beta2.to(grad.dtype)) for name, grad in grads.items()}
         count = {name: state["step"][name] + 1 for name in grads}
         updates = {}
         for name in grads:
