@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -141,11 +140,16 @@ def one_update(tasks: int, repeats: int) -> None:
 def measure_size(tasks: int, epochs: int, repeats: int) -> None:
     """One row of question 3, as JSON; run in a process of its own."""
     task = LeastSquares(dim=DIM, rows=DIM).draw(seed=0, size=tasks)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_bytes()
     found = cpu_seconds(lambda: ours(task, epochs), repeats)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    kilobyte = 1024 if sys.platform != "darwin" else 1
-    print(json.dumps({"seconds": [s / epochs for s in found], "before": before * kilobyte, "peak": after * kilobyte}))
+    print(json.dumps({"seconds": [s / epochs for s in found], "before": before, "peak": peak_bytes()}))
+
+
+def peak_bytes() -> int:
+    """Peak resident set since this program began (Linux); ``ru_maxrss`` would count the parent process as well."""
+    with open("/proc/self/status") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return int(fields["VmHWM"].split()[0]) * 1024
 
 
 def growth(sizes: list[int], epochs: int, repeats: int) -> None:
