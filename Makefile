@@ -33,7 +33,7 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-# Everything that the tables in recipes/*/README.md report (about an hour on two cores).
+# Everything that the tables in recipes/*/README.md report (about ten minutes on two cores).
 recipes: $(READY)
 	for recipe in recipes/*/*.yaml; do \
 		$(BIN)/lightning-metaopt run $$recipe --output outputs/$$(basename $$recipe .yaml) --overwrite || exit 1; \
