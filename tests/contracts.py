@@ -1,8 +1,8 @@
-"""The tables that every rule, meta-gradient and task goes through. **A new one is one row here.**
+"""The table of rules under contract, and the problems that contracts are tried on. **A new rule is one row here.**
 
-A row is a name, a factory, and the few traits in which the rows differ. The contracts themselves are in
-``test_contracts_rules.py``, ``test_contracts_metagrads.py`` and ``test_contracts_tasks.py``; the last test of each fails while a
-public class has no row.
+A row is a name, a factory, and the few traits in which the rows differ; meta-gradients have their table in
+``contracts_metagrads.py``, tasks in ``contracts_tasks.py``. The contracts themselves are in ``test_contracts_rules.py``,
+``test_contracts_metagrads.py`` and ``test_contracts_tasks.py``; the last test of each fails while a public class has no row.
 """
 
 from __future__ import annotations
@@ -13,13 +13,9 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from oracles import Reference, of_statistics, of_the_objective, of_windows, with_recorded_gradients
-from torch import nn
 
-import lightning_metaopt as lmo
-from lightning_metaopt import metagrads, rules, tasks
+from lightning_metaopt import rules, tasks
 from lightning_metaopt.episode import Episode, start, unroll
-from lightning_metaopt.models import Transformer
 from lightning_metaopt.rule import Rule
 from lightning_metaopt.task import Task, TaskFamily
 
@@ -169,149 +165,4 @@ RULES = [
     RuleRow("ConvexProgram.momentum", partial(rules.ConvexProgram.momentum, scale=2.0, averaging=0.4), **PROGRAM),
     RuleRow("ConvexProgram.general_descent", partial(rules.ConvexProgram.general_descent, matrix_scale=0.2), **PROGRAM),
     RuleRow("ConvexProgram.polytope", partial(rules.ConvexProgram.polytope, scale=2.0, inequality=BOX), **PROGRAM),
-]
-
-
-# --------------------------------------------------------------------------------------------------------------- meta-gradients
-HEAVY_BALL = partial(rules.HeavyBall, lr=0.05, momentum=0.7)
-
-
-@dataclass(frozen=True)
-class MetaGradRow:
-    """A meta-gradient under contract.
-
-    Attributes:
-        name: of the row.
-        make: builds it for a number of inner steps.
-        reference: the gradient that it claims to be, in another way.
-        precision: relative agreement with the reference, over all meta-parameters together.
-        steps: inner steps of one estimate.
-        begin: estimates before the one that is tested, so that what is carried is not empty.
-        whole: whether the estimate is through the whole trajectory since the episode began; its reference is then
-            :func:`oracles.of_the_trajectory`.
-        rule: the rule that it is tried on.
-        of_objective: whether it is a gradient of the objective at all.
-    """
-
-    name: str
-    make: Callable[[int], lmo.MetaGradient]
-    reference: Reference = of_the_objective
-    precision: float = 1e-8
-    steps: int = 4
-    begin: int = 1
-    whole: bool = False
-    rule: Callable[[], Rule] = HEAVY_BALL
-    of_objective: bool = True
-
-
-METAGRADS = [
-    MetaGradRow("Unrolled", metagrads.Unrolled),
-    MetaGradRow("Unrolled, windows", lambda steps: metagrads.Unrolled(steps, window=2), of_windows(2)),
-    MetaGradRow("Unrolled, first order", lambda steps: metagrads.Unrolled(steps, first_order=True), with_recorded_gradients),
-    MetaGradRow("Unrolled, checkpoints", lambda steps: metagrads.Unrolled(steps, checkpoint=2)),
-    MetaGradRow("Unrolled, windows of checkpoints", lambda steps: metagrads.Unrolled(steps, 2, checkpoint=1), of_windows(2)),
-    MetaGradRow(
-        "Unrolled, first order, checkpoints",
-        lambda steps: metagrads.Unrolled(steps, first_order=True, checkpoint=2),
-        with_recorded_gradients,
-    ),
-    MetaGradRow("Unrolled, chunks", lambda steps: metagrads.Unrolled(steps, chunk=2)),
-    MetaGradRow("ForwardMode", metagrads.ForwardMode, whole=True, begin=2),
-    MetaGradRow("ForwardMode, no carry", lambda steps: metagrads.ForwardMode(steps, carry=False)),
-    MetaGradRow("ZerothOrder", lambda steps: metagrads.ZerothOrder(steps, pairs=150, sigma=1e-3), precision=0.35, steps=2),
-    MetaGradRow(
-        "ZerothOrder, persistent",
-        lambda steps: metagrads.ZerothOrder(steps, pairs=150, sigma=1e-3, persistent=True),
-        precision=0.35,
-        steps=2,
-        begin=0,
-    ),
-    MetaGradRow("Statistics", metagrads.Statistics, of_statistics, rule=partial(rules.ARUBA, NETS.shapes), of_objective=False),
-    MetaGradRow(
-        "Statistics, first window, chunks",
-        lambda steps: metagrads.Statistics(steps, chunk=3),
-        of_statistics,
-        begin=0,
-        rule=partial(rules.ARUBA, NETS.shapes, lr=0.05, zeta=2.0, power=0.5),
-        of_objective=False,
-    ),
-]
-
-
-# ------------------------------------------------------------------------------------------------------------------------ tasks
-@dataclass(frozen=True)
-class TaskRow:
-    """A family of tasks under contract.
-
-    Attributes:
-        name: of the row.
-        make: builds the family.
-        precision: relative agreement of gradients with finite differences, in float64.
-        wiggle: half-width of the differences.
-    """
-
-    name: str
-    make: Callable[[], TaskFamily]
-    precision: float = 1e-6
-    wiggle: float = 1e-3
-
-
-def _regression(*extra: nn.Module, **options: Any) -> TaskFamily:
-    inputs = torch.randn(40, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), *extra, nn.Linear(4, 1)).double()
-    return tasks.Supervised(net, inputs, inputs.sin().sum(1, keepdim=True), loss="mse", batch_size=8, **options)
-
-
-def _images(**options: Any) -> TaskFamily:
-    return tasks.ImageClassification(_small_images(60), _small_net(), batch_size=8, **options)
-
-
-def _small_images(count: int, size: int = 4, *, seed: int = 0) -> tasks.ImageSet:
-    pixels = torch.randint(256, (count, 1, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    return tasks.ImageSet(pixels, torch.arange(count) % 5)
-
-
-def _small_net(classes: int = 5) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8, classes)).double()
-
-
-def _domains(**options: Any) -> TaskFamily:
-    domains = {"one": _small_images(60), "other": _small_images(90, seed=1)}
-    return tasks.ImageDomains(domains, _small_net(), batch_size=8, **options)
-
-
-def _sentences(**options: Any) -> TaskFamily:
-    tokens = torch.randint(3, 12, (40, 6), generator=torch.Generator().manual_seed(0))
-    tokens[::2, 4:] = 0
-    net = Transformer(vocabulary=12, width=4, heads=2, layers=1, hidden=4, **options).double()
-    return tasks.Translation(tasks.TokenSet(tokens, tokens.flip(0), pad=0, vocabulary_size=12), net, batch_size=4)
-
-
-TASKS = [
-    TaskRow("LeastSquares", lambda: tasks.LeastSquares(dim=4, rows=6, start_std=1.0, double=True)),
-    TaskRow("LeastSquares, fixed design", lambda: tasks.LeastSquares(dim=4, rows=6, design="fixed", mean=True, double=True)),
-    TaskRow("LeastSquares, shifted", lambda: tasks.LeastSquares(dim=4, rows=6, design="shifted", double=True)),
-    TaskRow("SimplexLeastSquares", lambda: tasks.SimplexLeastSquares(dim=4, rows=6, double=True)),
-    TaskRow("SimplexLeastSquares, excess", lambda: tasks.SimplexLeastSquares(dim=4, rows=6, excess=True, double=True)),
-    TaskRow("NonNegativeLeastSquares", lambda: tasks.NonNegativeLeastSquares(dim=4, rows=6, double=True)),
-    TaskRow("SystemIdentification", lambda: tasks.SystemIdentification(points=20, val_points=9, input_scale=5.0, double=True)),
-    TaskRow(
-        "SmoothInterpolation, own starts",
-        lambda: tasks.SmoothInterpolation((4,), shared_init=False, points=20, val_points=9, double=True),
-    ),
-    TaskRow("Supervised", _regression),
-    TaskRow("Supervised, one by one", lambda: _regression(vmap=False, shared_init=True)),
-    TaskRow("Supervised, batch normalisation", lambda: _regression(nn.BatchNorm1d(4))),
-    TaskRow("Supervised, dropout", lambda: _regression(nn.Dropout(0.3))),
-    TaskRow("ImageClassification", _images),
-    TaskRow("ImageClassification, some classes", lambda: _images(classes=3)),
-    TaskRow("RotatedImages", lambda: tasks.RotatedImages(_small_images(60), _small_net(), batch_size=8)),
-    TaskRow(
-        "RotatedImages, any angle", lambda: tasks.RotatedImages(_small_images(60), _small_net(), between=(-45, 45), batch_size=8)
-    ),
-    TaskRow("ImageDomains", _domains),
-    TaskRow("ImageDomains, some classes", lambda: _domains(classes=3, held_out=0.4)),
-    TaskRow("Translation", lambda: _sentences(dropout=0.0), wiggle=1e-5),  # rectifiers have kinks
-    TaskRow("Translation, dropout", _sentences, wiggle=1e-5),
-    TaskRow("SmallNet of the contracts", SmallNet),
 ]

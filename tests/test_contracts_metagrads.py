@@ -1,4 +1,4 @@
-"""What every meta-gradient must fulfil; the table is in ``contracts.py``."""
+"""What every meta-gradient must fulfil; the table is in ``contracts_metagrads.py``."""
 
 import copy
 import inspect
@@ -6,7 +6,8 @@ import io
 
 import pytest
 import torch
-from contracts import METAGRADS, NETS, MetaGradRow
+from contracts import NETS
+from contracts_metagrads import METAGRADS, MetaGradRow
 from oracles import of_the_trajectory
 
 import lightning_metaopt as lmo

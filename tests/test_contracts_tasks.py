@@ -1,10 +1,10 @@
-"""What every task must fulfil; the table is in ``contracts.py``."""
+"""What every task must fulfil; the table is in ``contracts_tasks.py``."""
 
 import inspect
 
 import pytest
 import torch
-from contracts import TASKS, TaskRow
+from contracts_tasks import TASKS, TaskRow
 from oracles import slope
 
 import lightning_metaopt as lmo
