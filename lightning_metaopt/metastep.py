@@ -15,7 +15,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-__all__ = ["Additive", "Hint", "Logarithmic", "StepSizeUpdate"]
+__all__ = ["Additive", "Hint", "Logarithmic", "Multiplicative", "StepSizeUpdate"]
 
 Slots = dict[str, Tensor]
 
@@ -71,6 +71,8 @@ class StepSizeUpdate(ABC):
     """How factors follow the sum :math:`D_t` of meta-gradient (its sign turned) and hint; a subclass is final."""
 
     rate: float
+    relative: bool = False
+    """True if :meth:`advance_` wants the cosine of gradient and last direction, not their product; for one factor in all."""
 
     @abstractmethod
     def start(self, like: Tensor) -> Slots:
@@ -133,6 +135,49 @@ class Additive(StepSizeUpdate):
         slots["factor"].add_(increase, alpha=self.rate)
         if self.nonnegative:
             slots["factor"].clamp_(min=0)
+
+    def shorten_(self, slots: Slots, factor: float) -> None:
+        """See :class:`StepSizeUpdate`."""
+        slots["factor"].mul_(factor)
+
+    def factor(self, slots: Slots) -> Tensor:
+        """See :class:`StepSizeUpdate`."""
+        return slots["factor"]
+
+
+@final
+class Multiplicative(StepSizeUpdate):
+    """Hypergradient descent in its multiplicative form, :math:`w \\leftarrow w\\,(1 + \\beta\\cos_t)`, with the cosine between
+    gradient and last direction over all parameters (Baydin et al. 2018, Eq. 8). Neither units nor lengths matter.
+
+    Args:
+        rate: :math:`\\beta`, below 1, so that factors stay positive.
+
+    >>> rule = Multiplicative(rate=0.1)
+    >>> slots = rule.start(torch.ones(()))
+    >>> rule.advance_(slots, torch.tensor(0.5), count=1)
+    >>> rule.factor(slots)
+    tensor(1.0500)
+    """
+
+    relative = True
+
+    def __init__(self, rate: float) -> None:
+        if not 0 <= rate < 1:
+            raise ValueError(f"the rate of the multiplicative form must be at least 0 and below 1, got {rate}")
+        self.rate = rate
+
+    def start(self, like: Tensor) -> Slots:
+        """See :class:`StepSizeUpdate`."""
+        return {"factor": torch.ones_like(like)}
+
+    def weight(self, lr: float, first: float) -> float:
+        """See :class:`StepSizeUpdate`."""
+        return lr / first
+
+    def advance_(self, slots: Slots, increase: Tensor, count: int) -> None:
+        """See :class:`StepSizeUpdate`."""
+        slots["factor"].mul_(1 + self.rate * increase)
 
     def shorten_(self, slots: Slots, factor: float) -> None:
         """See :class:`StepSizeUpdate`."""

@@ -266,9 +266,13 @@ class StepCallback(Callback, ABC):
             return
         names: dict[Tensor, str] = {param: name for name, param in pl_module.named_parameters()}
         for number, engine in enumerate(self.engines):
-            prefix = f"{type(self).__name__}/" + (f"optimizer{number}/" if len(self.engines) > 1 else "")
-            for name, value in engine.metrics(names).items():
-                pl_module.log(prefix + name, value, on_step=True, on_epoch=False)
+            self.report(pl_module, number, engine.metrics(names))
+
+    def report(self, pl_module: LightningModule, number: int, measured: dict[str, float]) -> None:
+        """Log what an engine has measured."""
+        prefix = f"{type(self).__name__}/" + (f"optimizer{number}/" if len(self.engines) > 1 else "")
+        for name, value in measured.items():
+            pl_module.log(prefix + name, value, on_step=True, on_epoch=False)
 
     @staticmethod
     def _is_due(trainer: Trainer, batches: int) -> bool:

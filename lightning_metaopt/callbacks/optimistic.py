@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal, final
 
 from torch.optim import Optimizer
 
-from lightning_metaopt.callbacks.hooks import StepCallback
+from lightning_metaopt.callbacks.drawing import DrawnStepCallback
 from lightning_metaopt.callbacks.step_sizes import Scope, StepSizes
 from lightning_metaopt.metastep import Additive, Hint, Logarithmic, StepSizeUpdate
 
@@ -14,7 +15,7 @@ __all__ = ["OptimisticMetaGrad"]
 
 
 @final
-class OptimisticMetaGrad(StepCallback):
+class OptimisticMetaGrad(DrawnStepCallback):
     """Learns the step sizes of whatever optimizer a module has configured, by optimistic meta-gradients.
 
     The optimizer makes its update :math:`-\\mathrm{lr}_t P_t` (for SGD, :math:`P_t` is the gradient :math:`g_t`), and the
@@ -41,6 +42,7 @@ class OptimisticMetaGrad(StepCallback):
             long trainings settle; ``None`` for a constant rate.
         optimizer_index: which of several optimizers to follow; ``None`` for all, each with factors of its own.
         log: log quantiles of the factors (or the factors), ``cosine`` of gradient and last direction, ``clip_rate``.
+        draw: file for a picture of what was logged, see :class:`~lightning_metaopt.callbacks.drawing.DrawnStepCallback`.
 
     The printed formulas have :math:`\\varphi = + w \\nabla f`; the sign that descends is used here. A decay of the learning rate is
     not undone: the meta-gradient does not depend on it. Costs in the element-wise form: 4 numbers for each parameter for
@@ -79,8 +81,9 @@ class OptimisticMetaGrad(StepCallback):
         fade: float | None = 400.0,
         optimizer_index: int | None = None,
         log: bool = True,
+        draw: str | os.PathLike[str] | None = None,
     ) -> None:
-        super().__init__(optimizer_index, log)
+        super().__init__(optimizer_index, log, draw)
         if mode not in ("standard", "optimistic"):
             raise ValueError(f"mode must be 'standard' or 'optimistic', got {mode!r}")
         if scope not in ("element", "tensor", "optimizer"):

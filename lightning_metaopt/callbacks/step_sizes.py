@@ -80,6 +80,7 @@ class StepSizes(StepEngine):
         if self.update.rate == 0:
             return
         whole: dict[str, Tensor] = {}  # sums over tensors, for one factor in all
+        lengths: list[Tensor] = []  # of gradients and last directions
         first = next((move.base_lr for move in moves if move.base_lr), 1.0)
         for move, record, direction, grad in zip(moves, records, directions, grads, strict=True):
             if "past" not in record or not move.lr:
@@ -92,8 +93,13 @@ class StepSizes(StepEngine):
                 for key, value in (("meta", meta), ("current", current)):
                     if value is not None:
                         whole[key] = whole[key] + value.to(whole[key]) if key in whole else value
+                if self.update.relative:
+                    lengths.append(torch.stack(_norms([grad, record["past"] * weight])).to(whole["meta"]))
             else:
                 self._advance(record, meta, current, move.momentum)
+        if lengths:
+            size, last = torch.linalg.vector_norm(torch.stack(lengths), dim=0)
+            whole["meta"] = (whole["meta"] / size / last).nan_to_num_(0.0).clamp_(-1, 1)  # no change where one of them is zero
         if whole:
             self._advance(self._shared, whole["meta"], whole.get("current"), any(move.momentum for move in moves))
 
