@@ -136,6 +136,8 @@ RULES = [
     RuleRow("AddSign, restarts", _unsized(rules.AddSign, lr=0.05, decay="restart", decay_steps=20, periods=2.0), few=True),
     RuleRow("MetaSGD", partial(rules.MetaSGD, lr=0.1)),
     RuleRow("MetaSGD, learned start", partial(rules.MetaSGD, lr=0.1, start=True)),
+    RuleRow("ElementwiseScale", partial(rules.ElementwiseScale, lr=0.1)),
+    RuleRow("ElementwiseScale, raw", partial(rules.ElementwiseScale, lr=0.1, form="raw")),
     RuleRow("MetaAdaGrad", partial(rules.MetaAdaGrad, lr=0.1)),
     RuleRow("MetaCurvature", partial(rules.MetaCurvature, lr=0.1)),
     RuleRow("ARUBA", partial(rules.ARUBA, lr=0.1, zeta=5.0)),

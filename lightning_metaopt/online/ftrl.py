@@ -39,7 +39,7 @@ class OptimisticFTRL(OnlineOptimizer):
     - ``weights="fista", hint="coupling", coupling=1`` is FISTA, or Nesterov's method with two sequences, with step :math:`\\beta`.
 
     With ``rule``, :math:`x_{t+1} = \\bar x_t + \\varphi` where :math:`\\varphi` is the rule's update and :math:`w` are its
-    parameters: ``MetaSGD`` for the paper's element-wise step sizes, ``MetaAdaGrad``, ``AdaGrad``, ``DCOGeneralDescent`` for a
+    parameters: ``ElementwiseScale`` for the paper's step sizes, ``MetaAdaGrad``, ``AdaGrad``, ``DCOGeneralDescent`` for a
     matrix, or any other (theory needs one that is affine in :math:`w`). A copy of the rule learns in :attr:`rule`. The first
     step applies the rule as it is; learning begins with the second. ``weights=0, averaging=False`` is Algorithm 1.
 

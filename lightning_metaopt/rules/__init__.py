@@ -8,6 +8,7 @@ from lightning_metaopt.rules.convex import DCOGeneralDescent, DCOGradient, DCOMo
 from lightning_metaopt.rules.meta_curvature import MetaCurvature
 from lightning_metaopt.rules.meta_sgd import MetaSGD
 from lightning_metaopt.rules.program import ConvexProgram
+from lightning_metaopt.rules.scaling import ElementwiseScale
 from lightning_metaopt.rules.sign import AddSign, PowerSign
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "DCOGeneralDescent",
     "DCOGradient",
     "DCOMomentum",
+    "ElementwiseScale",
     "GradientDescent",
     "HeavyBall",
     "L1Ball",
