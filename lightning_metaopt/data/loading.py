@@ -25,6 +25,7 @@ def load_images(
     limit: int | None = None,
     columns: Sequence[str] | None = None,
     config: str | None = None,
+    without: str | None = None,
 ) -> ImageSet:
     """One split of a data set of labelled images, decoded once to ``uint8``.
 
@@ -34,13 +35,15 @@ def load_images(
         path: a local folder or file (parquet, json, images in one folder for each class, ``save_to_disk``), the name of a
             set made by ``lightning-metaopt data prepare``, or the id of a data set on the Hugging Face hub
             (``"ylecun/mnist"``); looked for in this order.
-        split: name of the split; slices work too: ``"train[:10%]"``.
+        split: name of the split; slices and sums work too: ``"train[:10%]"``, ``"train+test"``.
         size: height and width, or one number for both: every image is scaled until it covers them, and its middle cut out.
             Needed where images differ in size.
         channels: 1 for grey, 3 for RGB; by default RGB if any image has colour.
         limit: take so many images, drawn with a fixed seed (many data sets are sorted by class).
         columns: names of the columns of images and labels; by default the first image and the first class label.
         config: name of the data set's configuration, where it has several.
+        without: another data set, all of whose images (compared after decoding, pixel by pixel) are left out: so a set and a
+            part of it become two sets that share nothing.
 
     Returns:
         Images ``uint8 (N, channels, height, width)`` and labels ``(N,)``; ``source`` says where they came from, how many
@@ -59,7 +62,16 @@ def load_images(
     made = 0 if place is None or read_record(place) is None else (place / RECORD).stat().st_mtime_ns
     # What the hub has or data prepare made does not change under one's hands; other folders may be worked on.
     read = _read_again if place is None or made else _read
-    return read(path, split, size, channels, limit, None if columns is None else tuple(columns), config, (str(place), made))
+    loaded = read(path, split, size, channels, limit, None if columns is None else tuple(columns), config, (str(place), made))
+    if without is None:
+        return loaded
+    other = load_images(without, "all", size=size, channels=channels)
+    known = {pixels.numpy().tobytes() for pixels in other.images}
+    kept = torch.tensor([pixels.numpy().tobytes() not in known for pixels in loaded.images])
+    if not kept.any():
+        raise ValueError(f"all images of split {split!r} of {path!r} are in {without!r} too, and nothing is left without these")
+    source = f"{loaded.source}, without the {int((~kept).sum())} that are in {without} too"
+    return ImageSet(loaded.images[kept], loaded.labels[kept], source)
 
 
 def _read(

@@ -193,3 +193,18 @@ def test_pairs_must_pair():
 
 def test_digits_are_images_like_others(tmp_path):
     assert Digits("train", path=str(as_parquet(tmp_path / "set"))).labels.tolist() == LABELS
+
+
+def test_a_set_without_another(tmp_path):
+    whole, part = as_parquet(tmp_path / "whole"), tmp_path / "part"
+    part.mkdir()
+    table().select([2, 3]).to_parquet(part / "test.parquet")
+    rest = load_images(str(whole), without=str(part / "test.parquet"))
+    assert in_any_order(rest.images, rest.labels) == in_any_order(
+        torch.from_numpy(PIXELS[[0, 1, 4, 5]]).unsqueeze(1), [LABELS[row] for row in (0, 1, 4, 5)]
+    )
+    assert "without the 2 that are in" in rest.source
+    scaled = load_images(str(whole), size=4, without=str(part / "test.parquet"))
+    assert len(scaled) == 4  # both are scaled before they are compared
+    with pytest.raises(ValueError, match="nothing is left"):
+        load_images(str(whole), without=str(whole))
