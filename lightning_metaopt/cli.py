@@ -16,7 +16,7 @@ can be set with --a.b=c, for example --evaluation.init_args.steps=50 or --seeds=
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, 2 for anything wrong with the call or the recipe, 1 for a study whose workers
-    failed, 130 for one that was interrupted.
+    or methods failed, 130 for one that was interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = shlex.join(["lightning-metaopt", *arguments])
@@ -138,8 +138,9 @@ def _run(options: Any, overrides: dict[str, str], command: str) -> None:
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from lightning_metaopt.study.components import RecipeError
+    from lightning_metaopt.study.components import RecipeError, StudyError
     from lightning_metaopt.study.progress import quiet_lightning
+    from lightning_metaopt.study.records import failures
     from lightning_metaopt.study.report import summary_text, write_results
     from lightning_metaopt.study.tidy import StudyData
     from lightning_metaopt.study.workers import prepare_folder, run_recipe
@@ -155,6 +156,12 @@ def _run(options: Any, overrides: dict[str, str], command: str) -> None:
     console = Console()
     console.print(Markdown(summary_text(StudyData.read(output), brief=True)))
     console.print(f"Page: {output / 'index.html'}   table: {output / 'summary.md'}   rules: {output / 'rules'}")
+    failed = {recipe.problems[problem].title(name): error for (problem, name), error in failures(results).items()}
+    if failed:
+        raise StudyError(
+            f"failed, and not in the tables: {'; '.join(f'{title}: {error}' for title, error in failed.items())}. The same command "
+            "tries again. If the recipe is to blame, mend it, or take the method out, and add --extend: what is finished is kept"
+        )
 
 
 def _meta_train(options: Any, overrides: dict[str, str], command: str) -> None:

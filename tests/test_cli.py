@@ -50,6 +50,27 @@ def test_a_repeated_run_goes_on_where_it_stopped(recipe, tmp_path, capsys):
     assert main(["run", recipe, "--output", "out", "--seeds=[0,1]", "--workers=0"]) == 2
 
 
+def test_a_method_that_fails_is_reported_and_the_others_are_there(recipe, tmp_path, capsys, monkeypatch):
+    from lightning_metaopt.study.evaluation import TaskEvaluation
+
+    run = TaskEvaluation.run
+
+    def broken(self, family, candidate, rule, seed, split):
+        if candidate.learner is not None:
+            raise ValueError("too large")
+        return run(self, family, candidate, rule, seed, split)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TaskEvaluation, "run", broken)
+        assert main(["run", recipe, "--output", "out"]) == 1
+    error = capsys.readouterr().err
+    assert "error: failed, and not in the tables: DCOG: ValueError: too large (seed 0). The same command tries again." in error
+    summary = tmp_path / "out" / "summary.md"
+    assert "| DCOG | failed |" in summary.read_text(encoding="utf-8")
+    assert main(["run", recipe, "--output", "out"]) == 0
+    assert "failed" not in summary.read_text(encoding="utf-8")
+
+
 def test_an_interruption_keeps_what_is_finished(recipe, capsys, monkeypatch):
     from lightning_metaopt.study.evaluation import TaskEvaluation
 

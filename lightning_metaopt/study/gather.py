@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,15 @@ def gather(recipe: Recipe, results: Results, command: str, output: Path) -> Stud
         "methods": {name: {"learned": name not in ordinary, "note": method.note} for name, method in recipe.methods.items()},
         "metrics": {},
         "results": {},
+        "made_with": _sum_up(result.made_with for methods in results.values() for result in methods.values()),
     }
     data = StudyData(record)
     for name, methods in results.items():
         evaluation = recipe.problems[name].evaluation
         learned_on = getattr(recipe.problems[name].family, "source", None)  # families of real data have one
-        resolved = [metric.resolved(methods, ordinary & set(methods)) for metric in metrics]
-        _add_runs(data, name, methods, resolved)
+        ran = {method: result for method, result in methods.items() if not result.failed}
+        resolved = [metric.resolved(ran, ordinary & set(ran)) for metric in metrics]
+        _add_runs(data, name, ran, resolved)
         targets = {metric.name: getattr(metric, "target", None) for metric in resolved if metric.censored}
         record["problems"][name] = {
             "claim": recipe.problems[name].claim,
@@ -81,6 +84,8 @@ def _spent(result: MethodResult, output: Path) -> dict[str, Any]:
         "training": vars(result.training),
         "search": vars(result.search),
         "learned": {key: mean(values[key] for values in described) for key in described[0]} if described else {},
+        "failed": result.failed,
+        "rules_elsewhere": [seed for seed in result.learned if seed not in result.rules],
         "rules": {str(seed): _relative(path, output) for seed, path in result.rules.items()},
     }
 
@@ -134,7 +139,12 @@ def join(studies: Sequence[tuple[str, StudyData]]) -> StudyData:
         joined.figures += [row._replace(problem=renamed[row.problem]) for row in study.figures]
         joined.trials += [row._replace(problem=renamed[row.problem]) for row in study.trials]
     record["learned"] = joined.learned
+    record["made_with"] = _sum_up(study.record.get("made_with", {}) for _, study in studies)
     return joined
+
+
+def _sum_up(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    return dict(sum(map(Counter, counts), Counter[str]()))
 
 
 def _either(values: Iterable[Any]) -> Any:

@@ -6,6 +6,7 @@ import html
 from collections.abc import Mapping, Sequence
 
 from lightning_metaopt.study.layout import STYLE_SHEET
+from lightning_metaopt.study.notes import notes
 from lightning_metaopt.study.plots import cost_panels, curve_panels, profile_panels, sensitivity_panels, target_panels
 from lightning_metaopt.study.style import Panel, Style, styles, svg
 from lightning_metaopt.study.tables import objective_table, problem_tables, rank_table
@@ -79,12 +80,15 @@ def _facts(data: StudyData) -> str:
     record = data.record
     runs = len({(row.problem, row.method, row.seed) for row in data.figures})
     diverged = sum(row.metric == "diverged" and row.value == 1 for row in data.figures)
+    failed = sum(bool(found.get("failed")) for methods in record["results"].values() for found in methods.values())
     facts = {
         "methods": f"{len(data.methods)} ({len(data.learned)} meta-trained)",
         "final runs": f"{runs}, {diverged} of them diverged",
         "seeds": ", ".join(map(str, record["seeds"])),
         "search": f"{record['trials']} trials each, on seeds {', '.join(map(str, record['tuning_seeds']))}",
     }
+    if failed:
+        facts["failed"] = f"{failed} (a method on a problem)"
     if len(data.problems) > 1:
         facts = {"problems": str(len(data.problems)), **facts}
     return f"<dl>{''.join(f'<div><dt>{name}</dt><dd>{html.escape(value)}</dd></div>' for name, value in facts.items())}</dl>\n"
@@ -152,6 +156,7 @@ def _again(data: StudyData, recipe: str) -> str:
     )
     parts = [
         f'<p>Command:</p>\n<pre tabindex="0"><code>{html.escape(record["command"])}</code></pre>\n',
+        *(f"<p>{html.escape(note)}</p>\n" for note in notes(record)),
         f'<h3>Versions</h3>\n<ul class="columns">{versions}</ul>\n<h3>Machine</h3>\n<ul>{machine}</ul>\n',
         f"<h3>Files beside this page</h3>\n<ul>{files}</ul>\n",
     ]

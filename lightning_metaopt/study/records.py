@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Cost", "MethodResult", "Result", "Results", "Trial"]
+__all__ = ["Cost", "MethodResult", "Result", "Results", "Trial", "failures"]
 
 Curve = list[tuple[int, float]]
 """``[(inner step, value), ...]``."""
@@ -110,6 +110,8 @@ class MethodResult:
         training: cost of one meta-training, the mean over seeds.
         search: cost of the search, meta-training included.
         learned: what the rule of each seed describes of itself.
+        made_with: how many finished trials and runs were made with which versions; "" where that was not recorded.
+        failed: the error that stopped the method; nothing else is given then. A run that diverged is none: it has a result.
     """
 
     trials: list[Trial] = field(default_factory=list)
@@ -120,6 +122,8 @@ class MethodResult:
     training: Cost = field(default_factory=Cost)
     search: Cost = field(default_factory=Cost)
     learned: dict[int, dict[str, float]] = field(default_factory=dict)
+    made_with: dict[str, int] = field(default_factory=dict)
+    failed: str = ""
 
     def scores(self) -> dict[str, list[float]]:
         """The figures of all seeds by metric; not-a-number where a run has none because its meta-training diverged."""
@@ -129,3 +133,10 @@ class MethodResult:
 
 Results = dict[str, dict[str, MethodResult]]
 """Problem to method to what was measured."""
+
+
+def failures(results: Results) -> dict[tuple[str, str], str]:
+    """The errors of the methods that failed, by problem and method."""
+    return {
+        (problem, name): result.failed for problem, methods in results.items() for name, result in methods.items() if result.failed
+    }

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import yaml
 
 from lightning_metaopt.study.gather import gather, join
 from lightning_metaopt.study.markup import figure, table
+from lightning_metaopt.study.notes import notes
+from lightning_metaopt.study.provenance import machine, versions
 from lightning_metaopt.study.records import Results
 from lightning_metaopt.study.spec import Recipe
 from lightning_metaopt.study.tables import objective_table, problem_tables, rank_table
@@ -20,46 +19,13 @@ from lightning_metaopt.study.tidy import StudyData, read_rows, replace_file
 __all__ = [
     "compare_outputs",
     "figure",
-    "machine",
     "read_rows",
     "redraw",
     "render",
     "summary_text",
     "table",
-    "versions",
     "write_results",
 ]
-
-_PACKAGES = ("lightning_metaopt", "torch", "lightning", "torchmetrics", "cvxpylayers", "datasets", "optuna", "numpy", "scipy")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def machine() -> dict[str, str]:
-    """What seconds and megabytes depend on: system, processor, accelerator."""
-    import torch
-
-    found = {"system": f"{platform.system()} {platform.machine()}", "processor": f"{_processor()}, {os.cpu_count()} threads"}
-    if torch.cuda.is_available():
-        found["accelerator"] = torch.cuda.get_device_name()
-    return found
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def write_results(output: Path, recipe: Recipe, results: Results, command: str) -> None:
@@ -103,6 +69,7 @@ def summary_text(data: StudyData, brief: bool = False) -> str:
         lines += [*objective_table(data).markdown(), *rank_table(data).markdown()]
     for problem in data.problems:
         lines += _problem(data, problem, brief)
+    lines += [line for note in notes(record) for line in (note, "")]
     lines += ["Versions: " + ", ".join(f"{package} {number}" for package, number in record["versions"].items()) + ".", ""]
     lines += ["Machine: " + ", ".join(record["machine"].values()) + "."]
     return "\n".join(lines) + "\n"

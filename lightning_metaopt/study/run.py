@@ -8,7 +8,11 @@ import math
 import shutil
 import signal
 import statistics
+import sys
+import textwrap
 import time
+import traceback
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +22,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_metaopt.loop import MetaLoop
 from lightning_metaopt.rule import Rule
 from lightning_metaopt.storage import save_rule
-from lightning_metaopt.study.components import is_sized, slug
+from lightning_metaopt.study.components import RecipeError, is_sized, slug
 from lightning_metaopt.study.evaluation import Candidate, Split, TaskEvaluation, stream
 from lightning_metaopt.study.method import Method
 from lightning_metaopt.study.progress import Progress
+from lightning_metaopt.study.provenance import made_with
 from lightning_metaopt.study.records import Cost, MethodResult, Result, Results, Trial
 from lightning_metaopt.study.search import planned
 from lightning_metaopt.study.shared import WorkList
@@ -30,6 +35,7 @@ from lightning_metaopt.study.spec import Problem, Recipe
 __all__ = ["Study", "train_rule"]
 
 PAUSE = 1.0  # seconds between looks at what other workers have finished
+LONGEST = 400  # letters of an error's text in the tables
 
 
 class Study:
@@ -39,12 +45,13 @@ class Study:
         recipe: what to carry out.
         storage: of :func:`~lightning_metaopt.study.shared.open_storage`.
         folder: for the rules, and for the results at the end.
+        attempt: the same for workers that begin together: what fails for one of them, the others leave alone.
     """
 
-    def __init__(self, recipe: Recipe, storage: Any, folder: Path) -> None:
+    def __init__(self, recipe: Recipe, storage: Any, folder: Path, attempt: str = "") -> None:
         self.recipe = recipe
         self.folder = folder
-        self.entries = [_Entry(recipe, storage, folder, *pair) for pair in recipe.pairs()]
+        self.entries = [_Entry(recipe, storage, folder, attempt, *pair) for pair in recipe.pairs()]
 
     @property
     def total(self) -> int:
@@ -58,11 +65,15 @@ class Study:
 
     @property
     def finished(self) -> bool:
-        """Whether all runs are."""
+        """Whether all runs are, but for those of methods that failed in this attempt."""
         return sum(entry.finished for entry in self.entries) == len(self.entries)  # not all(): every entry looks
 
+    def made_with(self) -> Counter[str]:
+        """How many of the runs that are known to be finished were made with which versions."""
+        return sum((entry.made_with() for entry in self.entries), Counter())
+
     def work(self, progress: Progress, first: int = 0) -> None:
-        """Do whatever is to be done and nobody else does, until everything is finished.
+        """Do whatever is to be done and nobody else does, until everything is finished. A method that fails stops no other.
 
         Workers that begin at different places, ``first``, meet less often.
         """
@@ -91,8 +102,10 @@ class Study:
 class _Entry:
     """One method on one problem."""
 
-    def __init__(self, recipe: Recipe, storage: Any, folder: Path, problem: Problem, name: str, method: Method) -> None:
-        self.recipe, self.storage, self.folder = recipe, storage, folder
+    def __init__(
+        self, recipe: Recipe, storage: Any, folder: Path, attempt: str, problem: Problem, name: str, method: Method
+    ) -> None:
+        self.recipe, self.storage, self.folder, self.attempt = recipe, storage, folder, attempt
         self.problem, self.name, self.method = problem, name, method
         self.title = problem.title(name)
         self.search: WorkList | None = None
@@ -104,7 +117,7 @@ class _Entry:
             seed = stream(key, 0) % 2**31
             size = len(method.space.grid()) if recipe.sampler == "grid" else recipe.trials
             items = planned(method.space, recipe.sampler, recipe.trials, seed)
-            self.search = WorkList(storage, key, size, items, method.space, recipe.sampler, seed)
+            self.search = WorkList(storage, key, size, items, method.space, recipe.sampler, seed, attempt)
 
     @staticmethod
     def depends(problem: Problem, method: Method) -> dict[str, Any]:
@@ -132,7 +145,7 @@ class _Entry:
         if self._final is None and chosen is not None:
             self.key = _digest(self.depends(self.problem, self.method), self.method.options(chosen))
             items = {seed: {"seed": seed} for seed in self.recipe.seeds}
-            self._final = WorkList(self.storage, f"{self.title} | final | {self.key}", len(items), items)
+            self._final = WorkList(self.storage, f"{self.title} | final | {self.key}", len(items), items, attempt=self.attempt)
         return self._final
 
     @property
@@ -147,13 +160,24 @@ class _Entry:
 
     @property
     def finished(self) -> bool:
-        return self.final is not None and self.final.finished
+        """Whether there is nothing more to do."""
+        return (self.final is not None and self.final.finished) or bool(self.failure)
+
+    @property
+    def failure(self) -> str:
+        """What stopped the method in this attempt; "" if nothing is known to."""
+        return next((work.failure for work in (self.search, self._final) if work is not None and work.failure), "")
 
     def advance(self, progress: Progress) -> bool:
         """Do one piece of work, if there is one."""
-        if self.search is not None and not self.search.finished:
-            return self.search.advance(lambda item: self._try(item, progress))
-        return self.final is not None and self.final.advance(lambda item: self._judge(item["seed"], progress))
+        try:
+            if self.search is not None and not self.search.finished:
+                return self.search.advance(lambda item: self._try(item, progress))
+            return self.final is not None and self.final.advance(lambda item: self._judge(item["seed"], progress))
+        except _RunError as error:
+            traceback.print_exception(error.__cause__)
+            print(f"{self.title} failed: {error}; the others go on", file=sys.stderr)
+            return True
 
     def _try(self, options: Any, progress: Progress) -> tuple[float, dict[str, Any]]:
         assert self.search is not None
@@ -164,11 +188,11 @@ class _Entry:
             cost.add(spent)
             scores.append(run.scores[self.problem.evaluation.objective])
         score = statistics.fmean(scores)
-        return score if math.isfinite(score) else math.inf, {"cost": vars(cost)}
+        return score if math.isfinite(score) else math.inf, {"cost": vars(cost), "made_with": made_with()}
 
     def _judge(self, seed: int, progress: Progress) -> tuple[float, dict[str, Any]]:
         run, rule, cost = self._run(self.chosen, seed, "test", progress, f"{self.title}: seed {seed}")
-        record: dict[str, Any] = {"run": run.to_json(), "cost": vars(cost)}
+        record: dict[str, Any] = {"run": run.to_json(), "cost": vars(cost), "made_with": made_with()}
         if rule is not None:
             provenance = {"recipe": self.recipe.title, "method": self.title, "options": self.chosen, "seed": seed}
             save_rule(rule, self._rule_file(seed), provenance)
@@ -198,16 +222,22 @@ class _Entry:
                 raise
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt from stop  # which a Trainer has made an exit
-        except Exception as error:
-            error.add_note(
-                f"This was {self.title}, {options}, seed {seed}. What is finished is kept: mend it, or take "
-                "the method out of the recipe (for this problem: 'problems'), and run the same command again with --extend."
-            )
+        except RecipeError:  # no fault of this method: the others would fail alike
             raise
+        except Exception as error:
+            text = textwrap.shorten(str(error), LONGEST, placeholder=" ...")
+            given = [f"{key.rsplit('.', 1)[-1]} = {value}" for key, value in dict(options).items()]
+            raise _RunError(f"{type(error).__name__}: {text} ({', '.join([*given, f'seed {seed}'])})") from error
+
+    def made_with(self) -> Counter[str]:
+        lists = [work for work in (self.search, self._final) if work is not None]
+        return Counter(record.get("made_with", "") for work in lists for record in work.known.values())
 
     def result(self) -> MethodResult:
+        if self.failure:
+            return MethodResult(failed=self.failure)
         assert self.final is not None
-        result = MethodResult(chosen=self.chosen or {})
+        result = MethodResult(chosen=self.chosen or {}, made_with=dict(self.made_with()))
         for trial in self.search.records().values() if self.search else ():
             result.trials.append(Trial(trial["item"], trial["score"]))
             result.search.add(Cost(**trial["cost"]))
@@ -225,6 +255,10 @@ class _Entry:
                 result.rules[seed].parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self._rule_file(seed), result.rules[seed])
         return result
+
+
+class _RunError(Exception):
+    """A run ended in an error, which is its cause."""
 
 
 def _digest(*parts: Any) -> str:

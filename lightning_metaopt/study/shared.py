@@ -85,6 +85,11 @@ class WorkList:
         space: see ``items``.
         sampler: see ``items``.
         seed: of the sampler.
+        attempt: a name for this attempt at the list. What fails stops the list for all workers of the attempt; another tries again.
+
+    Attributes:
+        known: what is known to be finished; :meth:`records` looks for more.
+        failure: what went wrong in this attempt, if anything did.
     """
 
     def __init__(
@@ -96,9 +101,11 @@ class WorkList:
         space: Space | None = None,
         sampler: str = "grid",
         seed: int = 0,
+        attempt: str = "",
     ) -> None:
         import optuna
 
+        self.attempt, self.failure = attempt, ""
         self.size, self.items, self.space, self.sampler, self.seed = size, items, space, sampler, seed
         self.numbers = range(size) if items is None else items
         self.states = optuna.trial.TrialState
@@ -125,6 +132,8 @@ class WorkList:
             if number >= 0
             for record in [trial.user_attrs["record"]]
         }
+        errors = [trial.user_attrs.get("error", {}) for trial in trials if trial.state == self.states.FAIL]
+        self.failure = next((error["text"] for error in errors if error.get("attempt") == self.attempt), "")
         return trials
 
     def _number(self, trial: Any) -> int:
@@ -137,12 +146,14 @@ class WorkList:
     def advance(self, do: Do) -> bool:
         """Do one item, if there is one that nobody does; says whether there was.
 
-        ``do(item)`` returns the item's score, the smaller the better, and a JSON-able record. What it raises is raised here,
-        and the item is free again.
+        ``do(item)`` returns the item's score, the smaller the better, and a JSON-able record. What it raises is raised here, and
+        kept as the :attr:`failure` of this attempt; the item is free for another.
         """
         if len(self.known) >= self.size:
             return False
         trials = self._free_abandoned(self._read())
+        if self.failure:
+            return False
         live = self._live(trials)
         waiting = [self._number(trial) for trial in live if trial.state == self.states.WAITING]
         missing = sorted(set(self.numbers) - {self._number(trial) for trial in live})
@@ -177,6 +188,7 @@ class WorkList:
                     score, record = do(trial.user_attrs["item"])
                 except Exception as error:
                     failure = error
+                    trial.set_user_attr("error", {"attempt": self.attempt, "text": str(error)})
                     raise
                 trial.set_user_attr("record", {**record, "score": str(score)})
             except UpdateFinishedTrialError:

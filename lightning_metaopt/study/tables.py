@@ -14,6 +14,7 @@ from lightning_metaopt.study.tidy import StudyData, Summary
 __all__ = [
     "baseline_table",
     "best_baseline",
+    "failure_table",
     "objective_table",
     "option_table",
     "problem_tables",
@@ -83,11 +84,21 @@ def _row(data: StudyData, columns: Sequence[tuple[str, str]], name: str) -> list
     return [name, *(_cell(data, problem, metric, name) for problem, metric in columns)]
 
 
+def _failed(data: StudyData, problem: str) -> dict[str, str]:
+    """Text of the error by method; records of older versions have none."""
+    found = {name: result.get("failed", "") for name, result in data.record["results"][problem].items()}
+    return {name: error for name, error in found.items() if error}
+
+
 def _cell(data: StudyData, problem: str, metric: str, name: str) -> Cell:
+    if name in _failed(data, problem):
+        return Cell("failed")
     row = data.summary.get((problem, name, metric))
     everything = data.summary.get((problem, name, "diverged"))
     if row is None and everything is not None and everything.diverged == everything.n:
         return Cell("diverged")  # in meta-training, before there was a run to measure
+    if row is None:
+        return Cell("-")
     about = data.record["metrics"][metric]
     compared = metric != "diverged" and (about["censored"] or about["unit"] not in ("seconds", "MB"))
     return Cell(_shown(data, row), marks(data, problem, metric).get(name, "") if compared else "")
@@ -95,7 +106,8 @@ def _cell(data: StudyData, problem: str, metric: str, name: str) -> Cell:
 
 def score_table(data: StudyData, problem: str, metrics: Sequence[str], title: str = "", note: str = "") -> Table:
     """The methods of one problem, a column for each metric."""
-    names = [name for name in data.methods if (problem, name, "diverged") in data.summary]
+    failed = _failed(data, problem)
+    names = [name for name in data.methods if (problem, name, "diverged") in data.summary or name in failed]
     return Table(title, ["method", *metrics], [_row(data, [(problem, metric) for metric in metrics], name) for name in names], note)
 
 
@@ -110,15 +122,16 @@ def objective_table(data: StudyData, title: str = "All problems") -> Table:
 
 def rank_table(data: StudyData) -> Table:
     """Average ranks over problems and seeds, and over the seeds of each problem; 1 is best."""
-    names = [name for name in data.methods if all((problem, name, "diverged") in data.summary for problem in data.problems)]
-    blocks = {problem: data.blocks(problem, data.objective(problem), names) for problem in data.problems}
+    problems = [problem for problem in data.problems if data.values(problem, "diverged")]  # not those where all methods failed
+    names = [name for name in data.methods if all((problem, name, "diverged") in data.summary for problem in problems)]
+    blocks = {problem: data.blocks(problem, data.objective(problem), names) for problem in problems}
     overall = average_ranks([block for found in blocks.values() for block in found])
     single = {problem: average_ranks(found) for problem, found in blocks.items()}
     rows = [
         [
             Cell(name),
             Cell(f"{rank:.2f}", "best" if rank == min(overall.values()) else ""),
-            *(Cell(f"{single[problem][name]:.2f}") for problem in data.problems),
+            *(Cell(f"{single[problem][name]:.2f}") for problem in problems),
         ]
         for name, rank in sorted(overall.items(), key=lambda pair: pair[1])
     ]
@@ -130,7 +143,7 @@ def rank_table(data: StudyData) -> Table:
     left_out = [name for name in data.methods if name not in names]
     if left_out:
         note += f" Not run on all problems, and so left out: {', '.join(left_out)}."
-    return Table("Average ranks", ["method", "all", *data.problems], rows, note)
+    return Table("Average ranks", ["method", "all", *problems], rows, note)
 
 
 def best_baseline(data: StudyData, problem: str) -> str | None:
@@ -179,7 +192,7 @@ def option_table(data: StudyData, problem: str, title: str = "") -> Table:
         f"({trials} trials x {budget} steps) costs as many gradient evaluations as one meta-training; "
         "in brackets, with the search of the learned method's own options."
     )
-    methods = data.record["results"][problem]
+    methods = {name: found for name, found in data.record["results"][problem].items() if not found.get("failed")}
     rows = [_option_row(name, found, max(trials, 1) * budget) for name, found in methods.items()]
     meta_trained = any(found["training"]["gradient_evaluations"] for found in methods.values())
     if not meta_trained:
@@ -217,6 +230,13 @@ def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4g}"
 
 
+def failure_table(data: StudyData, problem: str, title: str = "") -> Table | None:
+    """The errors of the methods that failed; ``None`` if there are none."""
+    rows = [[name, error] for name, error in _failed(data, problem).items()]
+    note = "A run of theirs ended in an error, so that they have no figures. The same command tries them again."
+    return Table(title, ["method", "error"], rows, note) if rows else None
+
+
 def problem_tables(data: StudyData, problem: str) -> list[Table]:
     """The tables of one problem, the scores first."""
     record = data.record
@@ -227,7 +247,8 @@ def problem_tables(data: StudyData, problem: str) -> list[Table]:
     searched = f"Options: chosen among {record['problems'][problem]['trials']} trials for every searched method, on seeds {seeds}"
     shown: list[Table | None] = [
         score_table(data, problem, scores, note=" ".join(notes)),
-        score_table(data, problem, of_run, "The whole run", _target_note(data, problem)),
+        failure_table(data, problem, "Failed"),
+        score_table(data, problem, of_run, "The whole run", _target_note(data, problem)) if of_run else None,
         baseline_table(data, problem, "Against the best baseline"),
         option_table(data, problem, searched),
         rule_table(data, problem, "What the rules learned"),

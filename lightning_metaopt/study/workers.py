@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,8 @@ import yaml
 
 from lightning_metaopt.study.components import RecipeError, StudyError
 from lightning_metaopt.study.progress import Progress, quiet_lightning
-from lightning_metaopt.study.records import Results
+from lightning_metaopt.study.provenance import made_with
+from lightning_metaopt.study.records import Results, failures
 from lightning_metaopt.study.run import Study
 from lightning_metaopt.study.shared import open_storage
 from lightning_metaopt.study.spec import Recipe
@@ -78,6 +80,9 @@ def _is_empty(folder: Path) -> bool:
 def run_recipe(recipe: Recipe, folder: Path, storage: str | None = None, workers: int = 1, quiet: bool = False) -> Results:
     """Search and final runs for every method on every problem, going on from whatever is finished.
 
+    A method whose run ends in an error is given up on that problem, and its result holds the error's text; the others go on. The
+    next call tries it again.
+
     Args:
         recipe: what to carry out.
         folder: made by :func:`prepare_folder`.
@@ -87,29 +92,47 @@ def run_recipe(recipe: Recipe, folder: Path, storage: str | None = None, workers
 
     Raises:
         RecipeError: for fewer workers than one.
-        StudyError: if a worker failed; what was finished is kept.
+        StudyError: if a worker failed, or every method; what was finished is kept.
     """
     if workers < 1:
         raise RecipeError(f"workers must be at least 1, got {workers}")
     url = storage or f"sqlite:///{(folder / WORK / 'runs.db').resolve()}"
     with open_storage(url) as opened:
-        study = Study(recipe, opened, folder)
+        attempt = uuid.uuid4().hex
+        study = Study(recipe, opened, folder, attempt)
         progress = Progress(study.total, quiet)
         complete = study.finished  # looks for what is there from an earlier time
         progress.finished(study.done)
+        if not complete:
+            _warn_of_other_versions(study, progress)
         with progress.shown():
             if workers == 1:
                 study.work(progress)
             elif not complete:
-                _in_parallel(study, url, workers, progress)
-        return study.results()
+                _in_parallel(study, url, attempt, workers, progress)
+        results = study.results()
+    failed = failures(results)
+    if len(failed) == sum(map(len, results.values())):
+        raise StudyError(f"every method failed; the first with {next(iter(failed.values()))}")
+    return results
 
 
-def _in_parallel(study: Study, url: str, workers: int, progress: Progress) -> None:
+def _warn_of_other_versions(study: Study, progress: Progress) -> None:
+    now = made_with()
+    for versions, count in study.made_with().items():
+        if versions not in ("", now):  # "": not recorded
+            progress.console.print(
+                f"warning: {count} finished trials and runs were made with {versions}; what comes will be made with {now}. The "
+                "report will say so. For one version throughout choose another --output, or --overwrite"
+            )
+
+
+def _in_parallel(study: Study, url: str, attempt: str, workers: int, progress: Progress) -> None:
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     threads = max(1, torch.get_num_threads() // workers)
     source = study.recipe.source
-    started = [context.Process(target=_work, args=(source, url, study.folder, index, workers, threads)) for index in range(workers)]
+    shared = (source, url, study.folder, attempt)
+    started = [context.Process(target=_work, args=(*shared, index, workers, threads)) for index in range(workers)]
     progress.at(f"{workers} workers")
     try:
         with _deaf_to_ctrl_c():  # which reaches all processes of a terminal: the workers would end in a traceback each
@@ -154,11 +177,11 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(source: dict[str, Any], url: str, folder: Path, index: int, workers: int, threads: int) -> None:
+def _work(source: dict[str, Any], url: str, folder: Path, attempt: str, index: int, workers: int, threads: int) -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
     quiet_lightning()
     threading.Thread(target=_end_with_parent, daemon=True).start()  # or it would go on, unseen, after the parent was killed
     with open_storage(url) as storage:
-        study = Study(Recipe.from_source(source, check=False), storage, folder)
+        study = Study(Recipe.from_source(source, check=False), storage, folder, attempt)
         study.work(Progress(study.total, quiet=True), first=index * len(study.entries) // workers)

@@ -7,7 +7,7 @@ from synthetic_study import made_up_recipe, made_up_results
 
 from lightning_metaopt.study.gather import gather
 from lightning_metaopt.study.page import page
-from lightning_metaopt.study.report import machine, versions
+from lightning_metaopt.study.provenance import machine, versions
 
 EVIL = '<script>alert("x")</script> & co'
 METHODS = {

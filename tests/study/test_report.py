@@ -7,8 +7,9 @@ from synthetic_study import made_up_recipe, made_up_results
 
 from lightning_metaopt.study import page, plots, report
 from lightning_metaopt.study.components import RecipeError
+from lightning_metaopt.study.provenance import machine, made_with, versions
 from lightning_metaopt.study.records import MethodResult, Result
-from lightning_metaopt.study.report import compare_outputs, machine, read_rows, redraw, versions, write_results
+from lightning_metaopt.study.report import compare_outputs, read_rows, redraw, write_results
 
 FEW = {"SGD": (0.6, 0.05, False, 0.1), "L2O, meta-trained": (1.1, 0.1, True, 1e-2)}
 TWO = {"digits": (2.3, 0.05), "photographs": (2.3, 0.4)}
@@ -80,6 +81,62 @@ def test_a_report_made_again_is_the_same_and_leaves_other_files_alone(written, t
     redraw(written)
     assert {name for name in FILES if (written / name).read_bytes() != before[name]} == set()
     assert (written / "work" / "runs.db").read_text(encoding="utf-8") == "kept"
+
+
+def test_a_method_that_failed_is_in_summary_and_page(tmp_path, unseen):
+    results = made_up_results(TWO, FEW)
+    results["digits"]["SGD"] = MethodResult(failed="ValueError: too <large>")
+    write_results(tmp_path, made_up_recipe(TWO, FEW), results, "x")
+    text, page_text = ((tmp_path / name).read_text(encoding="utf-8") for name in ("summary.md", "index.html"))
+    assert "### Failed\n\n| method | error |\n| --- | --- |\n| SGD | ValueError: too <large> |" in text
+    assert "| SGD | failed |" in text
+    assert "<td>ValueError: too &lt;large&gt;</td>" in page_text
+    assert "<dt>failed</dt><dd>1 (a method on a problem)</dd>" in page_text
+    assert "failed" not in compare_outputs([tmp_path]).split("## photographs")[1]
+
+
+def test_runs_of_other_versions_are_counted(tmp_path, unseen):
+    results = made_up_results(TWO, FEW)
+    now = made_with()
+    for methods in results.values():
+        for result in methods.values():
+            result.made_with = {now: 13}
+    write_results(tmp_path / "same", made_up_recipe(TWO, FEW), results, "x")
+    assert "were made with" not in (tmp_path / "same" / "summary.md").read_text(encoding="utf-8")
+    results["digits"]["SGD"].made_with = {now: 3, "torch 1.0": 10}
+    results["photographs"]["SGD"].made_with = {"": 13}
+    write_results(tmp_path / "mixed", made_up_recipe(TWO, FEW), results, "x")
+    note = f"Finished trials and runs were made with: {now} (29); torch 1.0 (10); versions that were not recorded (13)."
+    assert note in (tmp_path / "mixed" / "summary.md").read_text(encoding="utf-8")
+    assert note in (tmp_path / "mixed" / "index.html").read_text(encoding="utf-8")
+    joined = f"Finished trials and runs were made with: {now} (81); torch 1.0 (10); versions that were not recorded (13)."
+    assert joined in compare_outputs([tmp_path / "same", tmp_path / "mixed"])
+
+
+def test_rule_files_that_are_elsewhere_are_named(tmp_path, unseen):
+    results = made_up_results(TWO, FEW)
+    for problem, methods in results.items():
+        seeds = (0, 1, 2, 3, 4) if problem == "digits" else (0, 2)
+        methods["L2O, meta-trained"].rules = {seed: tmp_path / "rules" / f"{problem}{seed}" for seed in seeds}
+    write_results(tmp_path, made_up_recipe(TWO, FEW), results, "x")
+    note = "Rule files that are not in this folder: photographs: L2O, meta-trained (seeds 1, 3, 4). They"
+    for name in ("summary.md", "index.html"):
+        assert note in (tmp_path / name).read_text(encoding="utf-8")
+
+
+def test_a_record_of_an_older_version_is_drawn_again(tmp_path, unseen):
+    write_results(tmp_path, made_up_recipe(TWO, FEW), made_up_results(TWO, FEW), "x")
+    record = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))
+    del record["made_with"]
+    for methods in record["results"].values():
+        for found in methods.values():
+            del found["failed"], found["rules_elsewhere"]
+    (tmp_path / "record.json").write_text(json.dumps(record), encoding="utf-8")
+    before = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    redraw(tmp_path)
+    after = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    note = next(line for line in before.splitlines() if line.startswith("Rule files"))  # which the old record does not know
+    assert after == before.replace(note + "\n\n", "")
 
 
 def test_figures_that_have_nothing_to_show_are_removed(tmp_path, unseen):

@@ -1,4 +1,5 @@
 import math
+import re
 
 import pytest
 import torch
@@ -7,8 +8,10 @@ from tiny_recipe import carry_out, figures
 import lightning_metaopt as lmo
 from lightning_metaopt.episode import start
 from lightning_metaopt.storage import load_rule
-from lightning_metaopt.study.components import slug
+from lightning_metaopt.study.components import RecipeError, StudyError, slug
 from lightning_metaopt.study.evaluation import Candidate, TaskEvaluation, stream
+from lightning_metaopt.study.provenance import made_with
+from lightning_metaopt.study.records import MethodResult
 from lightning_metaopt.study.run import _Entry
 from lightning_metaopt.study.spec import Recipe
 from lightning_metaopt.study.workers import run_recipe
@@ -144,16 +147,78 @@ def test_a_matrix_that_cannot_be_inverted_is_a_run_that_diverged(source, tmp_pat
     assert result.runs[0].diverged
 
 
-def test_an_error_says_which_run_it_was_and_what_to_do(source, tmp_path, monkeypatch):
-    def broken(self, *args):
-        raise RuntimeError("shapes do not fit")
+def breaking(monkeypatch, breaks, error):
+    """Runs for which ``breaks(rule, seed)`` says so end in the error; returns a list of all that were made."""
+    run, made = TaskEvaluation.run, []
+
+    def broken(self, family, candidate, rule, seed, split):
+        made.append((type(rule).__name__, seed, split))
+        if breaks(rule, seed):
+            raise error
+        return run(self, family, candidate, rule, seed, split)
 
     monkeypatch.setattr(TaskEvaluation, "run", broken)
-    with pytest.raises(RuntimeError, match="shapes do not fit") as caught:
+    return made
+
+
+def test_a_method_that_fails_stops_no_other_and_is_tried_again(source, tmp_path, monkeypatch, capsys):
+    whole = carry_out(source, tmp_path / "whole")
+    source["methods"] = dict(reversed(source["methods"].items()))  # the one that fails comes first
+    error = RuntimeError("shapes do " + 200 * "not " + "fit")
+    with monkeypatch.context() as patch:
+        breaking(patch, lambda rule, seed: isinstance(rule, lmo.rules.DCOGradient) and seed == 1, error)
+        results = carry_out(source, tmp_path / "out")
+    dcog = results[""]["DCOG"]
+    assert re.fullmatch(r"RuntimeError: shapes do (not )+\.\.\. \(seed 1\)", dcog.failed)
+    assert len(dcog.failed) < 430
+    assert dcog == MethodResult(failed=dcog.failed)
+    assert results[""]["SGD"].failed == ""
+    assert figures({"": {"SGD": results[""]["SGD"]}}) == figures({"": {"SGD": whole[""]["SGD"]}})
+    told = capsys.readouterr().err
+    assert "Traceback" in told
+    assert "DCOG failed: RuntimeError: shapes" in told
+    made = breaking(monkeypatch, lambda rule, seed: False, error)
+    assert figures(carry_out(source, tmp_path / "out")) == figures(whole)
+    assert made == [("DCOGradient", 1, "test")]  # what was finished before is kept
+
+
+def test_a_method_whose_search_fails_is_given_up_at_once(source, tmp_path, monkeypatch):
+    made = breaking(monkeypatch, lambda rule, seed: seed == 7, ValueError("too large"))
+    assert carry_out(source, tmp_path)[""]["SGD"].failed == "ValueError: too large (lr = 0.0001, seed 7)"
+    assert [run for run in made if run[0] == "GradientDescent"] == [("GradientDescent", 7, "tune")]
+
+
+def test_a_study_in_which_every_method_fails(source, tmp_path, monkeypatch):
+    breaking(monkeypatch, lambda rule, seed: True, ValueError("too large"))
+    with pytest.raises(StudyError, match="every method failed.*ValueError: too large"):
         carry_out(source, tmp_path)
-    (note,) = caught.value.__notes__
-    assert "SGD, {'rule.init_args.lr': 0.0001}, seed 7" in note
-    assert "--extend" in note
+
+
+def test_what_is_no_fault_of_a_method_stops_the_study(source, tmp_path, monkeypatch):
+    made = breaking(monkeypatch, lambda rule, seed: True, RecipeError("the objective is none of the scores"))
+    with pytest.raises(RecipeError, match="objective"):
+        carry_out(source, tmp_path)
+    assert len(made) == 1
+
+
+def test_a_study_that_goes_on_with_other_versions_says_so(source, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as old:
+        old.setattr("lightning_metaopt.study.run.made_with", lambda: "torch 1.0")
+        assert carry_out(source, tmp_path)[""]["SGD"].made_with == {"torch 1.0": 3 + 2}
+    recipe = Recipe.from_source(source)
+    run_recipe(recipe, tmp_path)
+    assert "warning" not in capsys.readouterr().out  # nothing is left to do
+    recipe.seeds.append(2)
+    results = run_recipe(recipe, tmp_path)[""]
+    told = " ".join(capsys.readouterr().out.split())
+    assert "warning: 7 finished trials and runs were made with torch 1.0" in told
+    assert f"what comes will be made with {made_with()}." in told
+    assert results["SGD"].made_with == {"torch 1.0": 5, made_with(): 1}
+    assert results["DCOG"].made_with == {"torch 1.0": 2, made_with(): 1}
+    recipe.seeds.append(3)
+    monkeypatch.setattr("lightning_metaopt.study.workers.made_with", lambda: "torch 1.0")
+    run_recipe(recipe, tmp_path)
+    assert f"warning: 2 finished trials and runs were made with {made_with()}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_rule_that_only_a_trial_sizes_depends_on_the_family(source, tmp_path):

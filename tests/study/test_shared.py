@@ -53,17 +53,23 @@ def test_a_list_can_grow_and_shrink(work_list):
     assert list(work_list("list", 1, {1: {"x": 1}}).records()) == [1]
 
 
-def test_what_fails_is_raised_and_done_again(work_list):
-    items = work_list("list", 2, {0: {"x": 0}, 1: {"x": 1}})
+def test_what_fails_is_raised_stops_the_list_and_is_done_again_in_another_attempt(work_list):
+    items, beside = (work_list("list", 2, {0: {"x": 0}, 1: {"x": 1}}, attempt="first") for _ in range(2))
 
     def broken(item):
         raise KeyError("a bug")
 
     with pytest.raises(KeyError, match="a bug"):
         items.advance(broken)
-    while items.advance(double):
+    for stopped in (items, beside):  # another worker of the attempt sees it too
+        assert not stopped.advance(lambda item: pytest.fail("went on"))
+        assert stopped.failure == "'a bug'"
+        assert not stopped.finished
+    again = work_list("list", 2, {0: {"x": 0}, 1: {"x": 1}}, attempt="second")
+    while again.advance(double):
         pass
-    assert items.finished
+    assert again.finished
+    assert again.failure == ""
 
 
 def test_scores_that_are_not_finite_are_kept(work_list):

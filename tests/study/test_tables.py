@@ -1,4 +1,5 @@
 import re
+from types import SimpleNamespace
 
 import pytest
 from scipy import stats
@@ -6,9 +7,11 @@ from synthetic_study import made_up_recipe, made_up_results
 
 from lightning_metaopt.study.gather import gather
 from lightning_metaopt.study.markup import Cell, Table, figure
+from lightning_metaopt.study.records import MethodResult
 from lightning_metaopt.study.tables import (
     baseline_table,
     best_baseline,
+    failure_table,
     objective_table,
     option_table,
     problem_tables,
@@ -86,6 +89,38 @@ def test_methods_that_lack_a_problem_are_named_not_ranked(tmp_path):
     assert found.note.endswith("left out: DoG.")
     assert column(objective_table(data), "digits")["DoG"].text == "-"
     assert "DoG" not in column(score_table(data, "digits", ["diverged"]), "diverged")
+
+
+def test_methods_that_failed_are_named_with_their_error_and_have_no_figures(tmp_path):
+    results = made_up_results()
+    results["digits"]["Adam"] = MethodResult(failed="ValueError: too <large>")
+    data = gather(made_up_recipe(), results, "", tmp_path)
+    scores = column(score_table(data, "digits", ["last training loss", "diverged"]), "last training loss")
+    assert scores["Adam"] == Cell("failed")
+    assert len(scores) == 12
+    assert column(objective_table(data), "digits")["Adam"].text == "failed"
+    assert column(objective_table(data), "sentences")["Adam"].text != "failed"
+    assert rank_table(data).note.endswith("left out: Adam.")
+    assert "Adam" not in column(baseline_table(data, "digits"), "better")
+    assert "Adam" not in column(option_table(data, "digits"), "chosen")
+    found = failure_table(data, "digits", "Failed")
+    assert found.rows == [["Adam", "ValueError: too <large>"]]
+    assert [shown.title for shown in problem_tables(data, "digits")][1] == "Failed"
+    assert failure_table(data, "sentences") is None
+
+
+def test_a_problem_on_which_every_method_failed(tmp_path):
+    results = made_up_results()
+    results["digits"] = {name: MethodResult(failed="ValueError: too large") for name in results["digits"]}
+    recipe = made_up_recipe()
+    recipe.problems["digits"].evaluation = SimpleNamespace(**vars(recipe.problems["digits"].evaluation))
+    recipe.problems["digits"].evaluation.objective = "a loss that no other problem has"
+    data = gather(recipe, results, "", tmp_path)
+    assert {cell.text for cell in column(objective_table(data), "digits: a loss that no other problem has").values()} == {"failed"}
+    assert list(rank_table(data).header) == ["method", "all", "photographs", "sentences"]
+    assert len(rank_table(data).rows) == 12
+    assert [shown.title for shown in problem_tables(data, "digits")][:2] == ["", "Failed"]
+    assert all(shown.title != "The whole run" for shown in problem_tables(data, "digits"))
 
 
 def test_against_the_best_baseline(data):

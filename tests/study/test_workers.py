@@ -1,5 +1,7 @@
+import math
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -10,18 +12,43 @@ import time
 from contextlib import closing, suppress
 from pathlib import Path
 
+import optuna
 import pytest
 import torch
 import yaml
 from tiny_recipe import carry_out, figures
 
 from lightning_metaopt.study.components import RecipeError, StudyError
+from lightning_metaopt.study.shared import open_storage
 from lightning_metaopt.study.spec import Recipe
 from lightning_metaopt.study.workers import prepare_folder, run_recipe
 
 
 def test_two_workers_get_the_same_figures_as_one(source, tmp_path):
     assert figures(carry_out(source, tmp_path / "one")) == figures(carry_out(source, tmp_path / "two", workers=2))
+
+
+def test_two_workers_share_a_search_that_learns(source, tmp_path):
+    source |= {"sampler": "tpe", "trials": 14}
+    source["methods"] = {"SGD": source["methods"]["SGD"]}
+    source["methods"]["SGD"]["search"] = {"rule.init_args.lr": {"low": 1e-4, "high": 1.0, "log": True}}
+    source["evaluation"]["init_args"] = {"steps": 100, "tasks": 8}  # long enough for the other to begin meanwhile
+    sgd = carry_out(source, tmp_path, workers=2)[""]["SGD"]
+    assert len(sgd.trials) == 14
+    assert len({trial.options["rule.init_args.lr"] for trial in sgd.trials}) == 14
+    with open_storage(f"sqlite:///{tmp_path / 'work' / 'runs.db'}") as storage:
+        names = sorted(optuna.get_all_study_names(storage), key=lambda name: " final " in name)
+        search, final = (optuna.load_study(study_name=name, storage=storage).get_trials() for name in names)
+    done = {trial.user_attrs["number"]: trial for trial in search if trial.state.name == "COMPLETE"}
+    assert sorted(done) == list(range(14))
+    assert [trial.state.name for trial in search if trial.state.name not in ("COMPLETE", "FAIL")] == []
+    assert sum(trial.state.name == "COMPLETE" for trial in search) == 14  # none twice
+    assert len({trial.user_attrs["worker"]["process"] for trial in done.values()}) == 2
+    assert [trial.score for trial in sgd.trials] == [float(done[number].user_attrs["record"]["score"]) for number in range(14)]
+    assert sgd.chosen == min(sgd.trials, key=lambda trial: trial.score).options
+    assert [trial.state.name for trial in final if trial.state.name != "FAIL"] == ["COMPLETE"] * 2
+    assert list(sgd.runs) == [0, 1]
+    assert all(math.isfinite(value) for run in sgd.runs.values() for value in run.scores.values())
 
 
 def in_a_child(source, folder):
@@ -60,13 +87,26 @@ def test_a_study_that_is_killed_again_and_again_ends_with_the_same_figures(sourc
     assert figures(results) == figures(whole)
 
 
-def test_a_worker_that_fails_is_reported_and_nothing_is_lost(source, tmp_path, capfd):
+def test_a_method_that_fails_leaves_the_others_to_the_workers(source, tmp_path, capfd):
     source["methods"]["DCOG"]["trainer"] = {"max_epochs": 1, "accelerator": "cpu", "default_root_dir": "\0"}
-    with pytest.raises(StudyError, match="a worker failed.*is kept"):
-        carry_out(source, tmp_path, workers=2)
-    assert "null byte" in capfd.readouterr().err
+    results = carry_out(source, tmp_path, workers=2)[""]
+    assert re.fullmatch(r"ValueError: .*null byte.* \(seed [01]\)", results["DCOG"].failed)
+    assert list(results["SGD"].runs) == [0, 1]
+    assert 1 <= capfd.readouterr().err.count("DCOG failed: ValueError") <= 2  # both may have begun with a seed of it
     source["methods"]["DCOG"]["trainer"].pop("default_root_dir")
-    assert set(carry_out(source, tmp_path)[""]) == {"SGD", "DCOG"}
+    mended = carry_out(source, tmp_path)[""]
+    assert list(mended["DCOG"].runs) == [0, 1]
+
+
+def test_a_worker_that_fails_is_reported_and_nothing_is_lost(source, tmp_path, capfd):
+    (tmp_path / "work").write_text("in the way of the rules", encoding="utf-8")
+    storage = f"sqlite:///{tmp_path / 'runs.db'}"
+    recipe = Recipe.from_source(source)
+    with pytest.raises(StudyError, match="a worker failed.*is kept"):
+        run_recipe(recipe, tmp_path, storage, workers=2, quiet=True)
+    assert "FileExistsError" in capfd.readouterr().err
+    (tmp_path / "work").unlink()
+    assert list(run_recipe(recipe, tmp_path, storage, quiet=True)[""]["DCOG"].runs) == [0, 1]
 
 
 def test_a_folder_belongs_to_one_recipe(source, tmp_path):
