@@ -89,15 +89,15 @@ class TrainerEvaluation(Evaluation):
     def run(self, family: TaskFamily | None, candidate: Candidate, rule: Rule | None, seed: int, split: Split) -> Result:
         begin = time.perf_counter()
         data = self._fresh_data(split)
-        record, own = _Record(self.smooth), _OwnRandomNumbers()
-        callbacks: list[Callback] = [record, own, *candidate.callbacks()]
+        record = _Observer(self.smooth)
+        callbacks: list[Callback] = [record, *candidate.callbacks()]
         seed_everything(stream(split, seed) % 2**32, verbose=False)  # last before the module: what made the rest may have drawn
         module = self.module()
         if rule is not None:
             callbacks.append(SwapOptimizer(rule))
         else:
             # As LightningCLI does: the instance's method, so that any module can be given any optimizer.
-            module.configure_optimizers = lambda: own.during(lambda: _optimizers(candidate, module))  # type: ignore[method-assign]
+            module.configure_optimizers = lambda: record.undisturbed(lambda: _optimizers(candidate, module))  # type: ignore[method-assign]
         options = {"accelerator": "auto", "devices": 1, "logger": False, "enable_checkpointing": False, **self.trainer}
         options |= {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
         if self.validate_every and split == "test":
@@ -130,45 +130,12 @@ def _optimizers(candidate: Candidate, module: LightningModule) -> Any:
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": candidate.scheduler(optimizer), "interval": "step"}}
 
 
-class _OwnRandomNumbers(Callback):
-    """What an optimizer draws from torch's global generators does not shift the order of the data, augmentation or dropout."""
+class _Observer(Callback):
+    """Losses and times of all steps (validations have no part in the times); and what an optimizer draws from torch's global
+    generators does not shift the order of the data, augmentation or dropout.
 
-    def __init__(self) -> None:
-        self.states: list[Tensor] = []
-
-    def during(self, make: Callable[[], Any]) -> Any:
-        self.keep()
-        try:
-            return make()
-        finally:
-            self.restore()
-
-    def keep(self) -> None:
-        if not self.states:  # the first of several times that an optimizer asks for the loss
-            self.states = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
-
-    def restore(self) -> None:
-        if self.states:
-            torch.set_rng_state(self.states[0])
-        if self.states[1:]:
-            torch.cuda.set_rng_state_all(self.states[1:])
-        self.states = []
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.keep()  # SwapOptimizer comes later
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.restore()
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        self.keep()
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.restore()
-
-
-class _Record(Callback):
-    """Losses and times of all steps; validations have no part in the times."""
+    One callback for both: a Trainer spends as long on calling it as it takes itself.
+    """
 
     def __init__(self, every: int) -> None:
         self.every = every
@@ -177,9 +144,36 @@ class _Record(Callback):
         self.validations: dict[str, list[tuple[int, float]]] = {}
         self.origin = self.paused = 0.0
         self._parts: list[Tensor] = []
+        self._states: list[Tensor] = []
+
+    def undisturbed(self, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns; what it draws at random is drawn again by whoever comes next."""
+        self._keep()
+        try:
+            return make()
+        finally:
+            self._restore()
+
+    def _keep(self) -> None:
+        if not self._states:  # the first of several times that an optimizer asks for the loss
+            self._states = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+
+    def _restore(self) -> None:
+        if self._states:
+            torch.set_rng_state(self._states[0])
+        if self._states[1:]:
+            torch.cuda.set_rng_state_all(self._states[1:])
+        self._states = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._keep()  # SwapOptimizer comes later
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore()
         self.origin = time.perf_counter()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self._keep()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.paused = time.perf_counter()
@@ -191,6 +185,7 @@ class _Record(Callback):
                 self.validations.setdefault(name, []).append((trainer.global_step, float(value)))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._restore()
         loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
         parts, step = self._parts, trainer.global_step
         parts.append(loss.detach())  # read at the end of the run: an accelerator goes on meanwhile
