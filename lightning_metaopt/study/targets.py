@@ -19,9 +19,14 @@ class _ToTarget(Smoothed, ABC):
     censored: ClassVar[bool] = True
 
     def __init__(
-        self, name: str, metric: str | None, target: float | Literal["best baseline"], mode: Mode | None, smooth: int
+        self,
+        metric: str | None = None,
+        target: float | Literal["best baseline"] = "best baseline",
+        smooth: int = 1,
+        mode: Mode | None = None,
+        name: str | None = None,
     ) -> None:
-        super().__init__(name, metric, mode, smooth)
+        super().__init__(f"{self.unit} to target" if name is None else name, metric, mode, smooth)
         if isinstance(target, str) and target != "best baseline":
             raise ValueError(f"target must be a number or 'best baseline', got {target!r}")
         self.target = target
@@ -78,16 +83,6 @@ class StepsToTarget(_ToTarget):
 
     unit: ClassVar[str] = "steps"
 
-    def __init__(
-        self,
-        metric: str | None = None,
-        target: float | Literal["best baseline"] = "best baseline",
-        smooth: int = 1,
-        mode: Mode | None = None,
-        name: str = "steps to target",
-    ) -> None:
-        super().__init__(name, metric, target, mode, smooth)
-
     def figure(self, points: Sequence[Point]) -> float:
         found = self.reached(points)
         return math.inf if found is None else float(found.step)
@@ -98,16 +93,6 @@ class TimeToTarget(_ToTarget):
     """Seconds until the target, validation not counted; as :class:`StepsToTarget`."""
 
     unit: ClassVar[str] = "seconds"
-
-    def __init__(
-        self,
-        metric: str | None = None,
-        target: float | Literal["best baseline"] = "best baseline",
-        smooth: int = 1,
-        mode: Mode | None = None,
-        name: str = "seconds to target",
-    ) -> None:
-        super().__init__(name, metric, target, mode, smooth)
 
     def figure(self, points: Sequence[Point]) -> float:
         found = self.reached(points)

@@ -8,16 +8,15 @@ from typing import final
 import torch
 from torch import nn
 
-from lightning_metaopt.task import Task, TaskFamily
 from lightning_metaopt.tasks.images import ImageSet
-from lightning_metaopt.tasks.supervised import Supervised
+from lightning_metaopt.tasks.supervised import FromSupervised, Supervised
 from lightning_metaopt.tasks.variation import Subset
 
 __all__ = ["ImageDomains"]
 
 
 @final
-class ImageDomains(TaskFamily):
+class ImageDomains(FromSupervised):
     """Training classifiers on one of several data sets: each problem has its own domain, network and order of minibatches.
 
     The domains are drawn with equal probability, whatever their sizes. MetaMD (section 5.2) takes MNIST, QMNIST, KMNIST,
@@ -67,26 +66,21 @@ class ImageDomains(TaskFamily):
             raise ValueError("no domain is left to draw problems from")
         _check(kept, classes)
         self.names = list(kept)
-        self.source = "; ".join(f"{name}: {data.source}" for name, data in kept.items())
         labels = torch.cat([data.labels for data in kept.values()])
         groups = torch.cat([torch.full((len(data),), number) for number, data in enumerate(kept.values())])
-        self.family = Supervised(
-            model,
-            torch.cat([data.images for data in kept.values()]),
-            labels,
-            batch_size=batch_size,
-            held_out=held_out,
-            val_batch_size=val_batch_size,
-            variation=Subset(labels, groups, classes),
-            shared_init=shared_init,
+        super().__init__(
+            Supervised(
+                model,
+                torch.cat([data.images for data in kept.values()]),
+                labels,
+                batch_size=batch_size,
+                held_out=held_out,
+                val_batch_size=val_batch_size,
+                variation=Subset(labels, groups, classes),
+                shared_init=shared_init,
+            ),
+            "; ".join(f"{name}: {data.source}" for name, data in kept.items()),
         )
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self.family.shapes
-
-    def sample(self, generator: torch.Generator, size: int) -> Task:
-        return self.family.sample(generator, size)
 
 
 def _check(domains: Mapping[str, ImageSet], classes: int | None) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import final
 
-import torch
 from torch import Tensor, nn
 
-from lightning_metaopt.task import Task, TaskFamily
-from lightning_metaopt.tasks.supervised import Supervised
+from lightning_metaopt.tasks.supervised import FromSupervised, Supervised
 
 __all__ = ["ImageClassification", "ImageSet"]
 
@@ -39,7 +37,7 @@ class ImageSet:
 
 
 @final
-class ImageClassification(TaskFamily):
+class ImageClassification(FromSupervised):
     """Training an image classifier: each problem has a fresh network and its own order of minibatches.
 
     ``val_loss`` is the loss on a minibatch of images that no problem trains on.
@@ -56,6 +54,7 @@ class ImageClassification(TaskFamily):
     Raises:
         ValueError: as :class:`Supervised` does.
 
+    >>> import torch
     >>> images = ImageSet(torch.zeros(50, 1, 8, 8, dtype=torch.uint8), torch.arange(50) % 10)
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     >>> task = ImageClassification(images, model, batch_size=16).draw(seed=0, size=2)
@@ -74,21 +73,16 @@ class ImageClassification(TaskFamily):
         classes: int | None = None,
         shared_init: bool = False,
     ) -> None:
-        self.source = data.source
-        self.family = Supervised(
-            model,
-            data.images,
-            data.labels,
-            batch_size=batch_size,
-            held_out=held_out,
-            val_batch_size=val_batch_size,
-            classes=classes,
-            shared_init=shared_init,
+        super().__init__(
+            Supervised(
+                model,
+                data.images,
+                data.labels,
+                batch_size=batch_size,
+                held_out=held_out,
+                val_batch_size=val_batch_size,
+                classes=classes,
+                shared_init=shared_init,
+            ),
+            data.source,
         )
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self.family.shapes
-
-    def sample(self, generator: torch.Generator, size: int) -> Task:
-        return self.family.sample(generator, size)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_metaopt.task import Task, TaskFamily
 from lightning_metaopt.tasks.images import ImageSet
-from lightning_metaopt.tasks.supervised import Supervised
+from lightning_metaopt.tasks.supervised import FromSupervised, Supervised
 from lightning_metaopt.tasks.variation import Variation
 from lightning_metaopt.tree import Tree
 
@@ -86,7 +85,7 @@ class _Rotation(Variation):
 
 
 @final
-class RotatedImages(TaskFamily):
+class RotatedImages(FromSupervised):
     """Training classifiers on rotated images: each problem has its own angle, network and order of minibatches.
 
     RotatedMNIST (Ghifary et al. 2015) has the six angles 0, 15, ..., 75; MetaMD (section 5.2) meta-trains on five of them and
@@ -130,21 +129,16 @@ class RotatedImages(TaskFamily):
         if between is None and not len(angles):
             raise ValueError("angles must hold at least one angle, or between= the ends of a range")
         turned = f"{', '.join(f'{angle:g}' for angle in angles)}" if between is None else f"{between[0]:g} to {between[1]:g}"
-        self.source = f"{data.source}, rotated by {turned} degrees"
-        self.family = Supervised(
-            model,
-            data.images,
-            data.labels,
-            batch_size=batch_size,
-            held_out=held_out,
-            val_batch_size=val_batch_size,
-            variation=_Rotation(angles, between, darkest(data.images)),
-            shared_init=shared_init,
+        super().__init__(
+            Supervised(
+                model,
+                data.images,
+                data.labels,
+                batch_size=batch_size,
+                held_out=held_out,
+                val_batch_size=val_batch_size,
+                variation=_Rotation(angles, between, darkest(data.images)),
+                shared_init=shared_init,
+            ),
+            f"{data.source}, rotated by {turned} degrees",
         )
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self.family.shapes
-
-    def sample(self, generator: torch.Generator, size: int) -> Task:
-        return self.family.sample(generator, size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, final
 
@@ -14,7 +15,7 @@ from lightning_metaopt.tasks.network import ModuleOrFactory, Network
 from lightning_metaopt.tasks.variation import Subset, Variation
 from lightning_metaopt.tree import Tree
 
-__all__ = ["Supervised"]
+__all__ = ["FromSupervised", "Supervised"]
 
 _MIX = 0x1E3779B97F4A7C15  # odd: consecutive steps get unrelated seeds
 _LARGEST_SEED = 2**62 - 1
@@ -165,3 +166,23 @@ class Supervised(TaskFamily):
             vmap=self.vmap,
             variation=self.variation,
         )
+
+
+class FromSupervised(TaskFamily):
+    """Families that put data of one kind into a :class:`Supervised` family, whose problems theirs are.
+
+    Args:
+        family: that family.
+        source: where the data come from, for the record of a result.
+    """
+
+    @abstractmethod
+    def __init__(self, family: Supervised, source: str) -> None:
+        self.family, self.source = family, source
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self.family.shapes
+
+    def sample(self, generator: torch.Generator, size: int) -> Task:
+        return self.family.sample(generator, size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import final
 
@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_metaopt.task import Task, TaskFamily
-from lightning_metaopt.tasks.supervised import Supervised
+from lightning_metaopt.tasks.supervised import FromSupervised, Supervised
 
 __all__ = ["TokenSet", "Translation"]
 
@@ -45,7 +44,7 @@ class TokenSet:
 
 
 @final
-class Translation(TaskFamily):
+class Translation(FromSupervised):
     """Training a translator: each problem has a fresh network and its own order of minibatches.
 
     At every place the network is given the true tokens so far (teacher forcing); the loss is the mean cross-entropy over all
@@ -84,27 +83,22 @@ class Translation(TaskFamily):
         label_smoothing: float = 0.0,
         shared_init: bool = False,
     ) -> None:
-        self.source = data.source
         known, following = data.targets[:, :-1], data.targets[:, 1:]
         length = max(data.inputs.shape[1], known.shape[1])
         inputs = torch.stack([_padded(data.inputs, length, data.pad), _padded(known, length, data.pad)], 1)
-        self.family = Supervised(
-            model,
-            inputs,
-            _padded(following, length, data.pad),
-            loss=partial(token_loss, pad=data.pad, label_smoothing=label_smoothing),
-            batch_size=batch_size,
-            held_out=held_out,
-            val_batch_size=val_batch_size,
-            shared_init=shared_init,
+        super().__init__(
+            Supervised(
+                model,
+                inputs,
+                _padded(following, length, data.pad),
+                loss=partial(token_loss, pad=data.pad, label_smoothing=label_smoothing),
+                batch_size=batch_size,
+                held_out=held_out,
+                val_batch_size=val_batch_size,
+                shared_init=shared_init,
+            ),
+            data.source,
         )
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self.family.shapes
-
-    def sample(self, generator: torch.Generator, size: int) -> Task:
-        return self.family.sample(generator, size)
 
 
 def token_loss(logits: Tensor, tokens: Tensor, *, pad: int, label_smoothing: float = 0.0) -> Tensor:

