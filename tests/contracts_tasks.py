@@ -64,6 +64,7 @@ def _sentences(**options: Any) -> TaskFamily:
 
 
 TASKS = [
+    TaskRow("ConvexQuadratic", lambda: tasks.ConvexQuadratic(double=True)),
     TaskRow("LeastSquares", lambda: tasks.LeastSquares(dim=4, rows=6, start_std=1.0, double=True)),
     TaskRow("LeastSquares, fixed design", lambda: tasks.LeastSquares(dim=4, rows=6, design="fixed", mean=True, double=True)),
     TaskRow("LeastSquares, shifted", lambda: tasks.LeastSquares(dim=4, rows=6, design="shifted", double=True)),

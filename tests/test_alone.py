@@ -3,6 +3,7 @@
 import pytest
 import torch
 from contracts import RULES
+from contracts_tasks import TASKS
 
 import lightning_metaopt as lmo
 from lightning_metaopt.episode import start, unroll
@@ -80,6 +81,16 @@ def test_a_rule_that_calls_itself_elementwise_is(row):
     for slot, tree in after.items():
         for name, leaf in tree.items():
             assert torch.equal(bare_after[slot][name], leaf.squeeze(0))
+
+
+@pytest.mark.parametrize("row", TASKS, ids=lambda row: row.name)
+def test_every_task_has_the_same_loss_with_and_without_the_axis(row):
+    task = row.make().draw(seed=0, size=1)
+    params, buffers = task.init(torch.Generator().manual_seed(0))
+    bare = {name: leaf.squeeze(0) for name, leaf in params.items()}
+    copies = [{name: leaf.clone() for name, leaf in buffers.items()} for _ in range(2)]
+    alone, loss = task.loss_alone(bare, copies[0], task.batch(2)), task.loss(params, copies[1], task.batch(2))
+    torch.testing.assert_close(alone, loss[0], rtol=1e-12, atol=0)
 
 
 def test_the_default_for_a_task_is_its_loss():

@@ -13,13 +13,14 @@ import torch
 from lightning.pytorch import Callback
 from torch import nn
 
-from lightning_metaopt.episode import Episode, start, unroll
+from lightning_metaopt.episode import start, unroll
 from lightning_metaopt.loop import MetaLearner
 from lightning_metaopt.rule import Rule
 from lightning_metaopt.study.components import RecipeError
 from lightning_metaopt.study.memory import PeakMemory
 from lightning_metaopt.study.records import Result
-from lightning_metaopt.task import TaskFamily
+from lightning_metaopt.task import Task, TaskFamily
+from lightning_metaopt.tree import Tree, cat
 
 __all__ = ["Candidate", "Evaluation", "MakeOptimizer", "MakeScheduler", "Split", "TaskEvaluation", "stream"]
 
@@ -83,7 +84,10 @@ class Evaluation(ABC):
 
 @final
 class TaskEvaluation(Evaluation):
-    """Runs a rule on new tasks of the family and records the mean validation loss after every step.
+    """Runs an optimizer on new tasks of the family and records the mean validation loss after every step.
+
+    A rule works on all problems at once. A torch optimizer is made anew for each problem, and its ``step`` is called with a
+    closure that computes loss and gradients.
 
     Args:
         steps: inner steps of a run.
@@ -105,24 +109,25 @@ class TaskEvaluation(Evaluation):
             raise RecipeError(f"report names steps outside 0..{steps}: {self.report}")
 
     def check(self, candidate: Candidate) -> None:
-        if candidate.rule is None:
-            raise RecipeError("TaskEvaluation runs rules: give 'rule' (GradientDescent, HeavyBall, Adam are torch's twins)")
-        if candidate.callbacks is not list or candidate.scheduler is not None:
-            raise RecipeError("TaskEvaluation has no Trainer: 'callbacks' and 'scheduler' belong to a TrainerEvaluation")
+        if candidate.callbacks is not list:
+            raise RecipeError("TaskEvaluation has no Trainer: 'callbacks' belong to a TrainerEvaluation")
+        if candidate.scheduler is not None and candidate.optimizer is None:
+            raise RecipeError("'scheduler' belongs to a torch optimizer; a rule has its own step sizes")
 
     def run(self, family: TaskFamily | None, candidate: Candidate, rule: Rule | None, seed: int, split: Split) -> Result:
-        assert rule is not None
-        assert family is not None
+        if family is None:
+            raise RecipeError("TaskEvaluation draws its problems from a 'family', and the problem has none")
         begin = time.perf_counter()
         task = family.draw(stream(split, seed), self.tasks)
+        generator = torch.Generator().manual_seed(stream(f"{split}-start", seed))
         with PeakMemory() as memory:
-            episode = start(rule, task, torch.Generator().manual_seed(stream(f"{split}-start", seed)))
-            curve, clock, spent = [(0, _validation(episode))], [(0, 0.0)], 0.0
+            runner = _Descent(candidate, task, generator) if rule is None else _RuleDescent(rule, task, generator)
+            curve, clock, spent = [(0, runner.validation())], [(0, 0.0)], 0.0
             for step in range(1, self.steps + 1):
                 before = time.perf_counter()
-                episode, _ = unroll(rule, episode, 1)
+                runner.step()
                 spent += time.perf_counter() - before
-                curve.append((step, _validation(episode)))
+                curve.append((step, runner.validation()))
                 clock.append((step, spent))
         values = [value for _, value in curve]
         scores = {f"loss@{step}": values[step] for step in self.report}
@@ -131,6 +136,52 @@ class TaskEvaluation(Evaluation):
         return Result({"validation loss": curve}, scores, self.steps, seconds, clock, memory.peak_mb)
 
 
-def _validation(episode: Episode) -> float:
+class _RuleDescent:
+    """A rule on all problems of a task."""
+
+    def __init__(self, rule: Rule, task: Task, generator: torch.Generator) -> None:
+        self.rule, self.episode = rule, start(rule, task, generator)
+
+    def step(self) -> None:
+        self.episode, _ = unroll(self.rule, self.episode, 1)
+
+    def validation(self) -> float:
+        return _validation(self.episode.task, self.episode.params, self.episode.buffers)
+
+
+class _Descent:
+    """A torch optimizer for each problem of a task, all in step; from the same starting points as rules."""
+
+    def __init__(self, candidate: Candidate, task: Task, generator: torch.Generator) -> None:
+        assert candidate.optimizer is not None
+        self.task, self.taken = task, 0
+        starts, buffers = task.init(generator)
+        self.problems = [task.select(slice(index, index + 1)) for index in range(task.size)]
+        self.params = [{name: nn.Parameter(leaf[index].clone()) for name, leaf in starts.items()} for index in range(task.size)]
+        self.buffers = [{name: leaf[index : index + 1].clone() for name, leaf in buffers.items()} for index in range(task.size)]
+        self.optimizers = [candidate.optimizer(params.values()) for params in self.params]
+        self.schedulers = [candidate.scheduler(optimizer) for optimizer in self.optimizers] if candidate.scheduler else []
+
+    def step(self) -> None:
+        for problem, params, buffers, optimizer in zip(self.problems, self.params, self.buffers, self.optimizers, strict=True):
+            batch = problem.batch(self.taken)
+
+            def closure(problem: Task = problem, params: Any = params, buffers: Any = buffers, batch: Any = batch) -> float:
+                loss = problem.loss_alone(dict(params), buffers, batch)
+                for param, grad in zip(params.values(), torch.autograd.grad(loss, list(params.values())), strict=True):
+                    param.grad = grad
+                return float(loss.detach())
+
+            optimizer.step(closure)
+        for scheduler in self.schedulers:
+            scheduler.step()
+        self.taken += 1
+
+    def validation(self) -> float:
+        stacked = {name: torch.stack([params[name].detach() for params in self.params]) for name in self.params[0]}
+        return _validation(self.task, stacked, cat(self.buffers))
+
+
+def _validation(task: Task, params: Tree, buffers: Tree) -> float:
     with torch.no_grad():
-        return float(episode.task.val_loss(episode.params, dict(episode.buffers)).mean())
+        return float(task.val_loss(params, dict(buffers)).mean())

@@ -6,12 +6,14 @@ from lightning_metaopt.tasks.domains import ImageDomains
 from lightning_metaopt.tasks.identification import SmoothInterpolation, SystemIdentification
 from lightning_metaopt.tasks.images import ImageClassification, ImageSet
 from lightning_metaopt.tasks.module import ModuleTask
+from lightning_metaopt.tasks.quadratic import ConvexQuadratic
 from lightning_metaopt.tasks.rotated import RotatedImages, rotate, rotated
 from lightning_metaopt.tasks.supervised import Supervised
 from lightning_metaopt.tasks.translation import TokenSet, Translation
 from lightning_metaopt.tasks.variation import Variation
 
 __all__ = [
+    "ConvexQuadratic",
     "ImageClassification",
     "ImageDomains",
     "ImageSet",

@@ -32,6 +32,7 @@ class RegressionTask(ModuleTask):
     """
 
     activation: Callable[[Tensor], Tensor] = torch.tanh
+    loss_alone = Task.loss_alone  # by the same products, of one problem
 
     def batch(self, step: int) -> Tree:
         return {"inputs": self.data["inputs"], "targets": self.data["targets"]}
