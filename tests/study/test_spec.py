@@ -42,8 +42,15 @@ def test_a_recipe_is_read_merged_and_overridden(tmp_path, recipe_file):
         ("sampler", "guess", "sampler must be one of grid"),
         ("methods.SGD.search", {"rule.init_args.lr": {"low": 0.1, "high": 1.0}}, "a grid needs lists"),
         ("methods.SGD.problems", ["digits"], "no problem digits"),
+        ("methods.SGD.problems", {}, "methods.SGD.problems is empty"),
+        ("methods.SGD.problems", {"digits": {}}, "no problem digits"),
+        ("methods.SGD.problems", "digits", "methods.SGD.problems must be a list, or a mapping"),
+        ("methods.SGD.problems", {"": [1]}, "problems. must be a mapping of options"),
+        ("methods.SGD.problems", {"": {"rul.init_args.lr": 1}}, "unknown key 'rul'"),
+        ("methods.SGD.problems", {"": {"search": {"rule.init_args.lr": [0.1]}}}, "SGD has 1 trials.* 3"),
+        ("methods.SGD.problems", {"": {"rule.init_args.rate": 1}}, "(?s)methods.SGD.*rate"),
         ("methods.SGD.callbacks", {}, "must be a list"),
-        ("methods.SGD.scheduler", {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 1}}, "no Trainer"),
+        ("methods.SGD.scheduler", {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 1}}, "its own step sizes"),
         ("problems", {"a": {}}, "not both"),
     ],
 )
@@ -108,6 +115,21 @@ def test_files_that_are_no_recipes_are_named(tmp_path, text):
         load_recipe([str(path)])
     with pytest.raises(RecipeError, match="cannot read the recipe .*nothere"):
         load_recipe([str(tmp_path / "nothere.yaml")])
+
+
+def test_a_method_can_have_other_options_on_one_of_its_problems(source):
+    family, evaluation = source.pop("family"), source.pop("evaluation")
+    source["problems"] = {name: {"family": family, "evaluation": evaluation} for name in ("a", 2, "c")}
+    source["methods"]["SGD"]["problems"] = {"a": {}, 2: {"search": {"rule.init_args.lr": [1.0, 2.0, 3.0]}}}
+    source["methods"]["DCOG"]["problems"] = {"a": {"train.optimizer.init_args.lr": 0.1, "trainer.max_epochs": 3}, "c": {}}
+    found = {(problem.name, name): method for problem, name, method in Recipe.from_source(source).pairs()}
+    assert sorted(found) == [("2", "SGD"), ("a", "DCOG"), ("a", "SGD"), ("c", "DCOG")]
+    assert found["2", "SGD"].search == {"rule.init_args.lr": [1.0, 2.0, 3.0]}
+    assert found["a", "SGD"].search == source["methods"]["SGD"]["search"]
+    there, usual = found["a", "DCOG"].options({}), found["c", "DCOG"].options({})
+    assert (there["train"]["optimizer"]["init_args"], there["trainer"]["max_epochs"]) == ({"lr": 0.1}, 3)
+    assert (usual["train"]["optimizer"]["init_args"], usual["trainer"]["max_epochs"]) == ({"lr": 0.5}, 12)
+    assert there["rule"] == usual["rule"]
 
 
 def test_problems_need_names_and_evaluations(source):
