@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_metaopt.online.base import Bounds, OnlineOptimizer
 from lightning_metaopt.online.clock import Clock, Weights
+from lightning_metaopt.online.target import Mu, check_target, pull_of_target
 from lightning_metaopt.rule import Rule
 from lightning_metaopt.tree import Tree
 
@@ -60,7 +61,7 @@ class BootstrappedMetaGrad(OnlineOptimizer):
         *,
         lookahead: int = 1,
         target_lr: float = 1.0,
-        mu: Literal["euclidean", "loss"] = "euclidean",
+        mu: Mu = "euclidean",
         averaging: bool = False,
         weights: Weights = 1.0,
         bounds: Bounds | None = None,
@@ -73,10 +74,7 @@ class BootstrappedMetaGrad(OnlineOptimizer):
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         super()._check_group(group)
-        if group["lookahead"] < 1:
-            raise ValueError(f"lookahead must be at least 1, got {group['lookahead']}")
-        if group["mu"] not in ("euclidean", "loss"):
-            raise ValueError(f"mu must be 'euclidean' or 'loss', got {group['mu']!r}")
+        check_target(group["lookahead"], group["mu"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -105,19 +103,19 @@ class BootstrappedMetaGrad(OnlineOptimizer):
         # D phi(x_{t-1}, w_t)^T (grad mu(x_t) - grad mu(z_t)); parameters and gradients are put back.
         points = {name: param.detach().clone() for name, param in active.items()}
         kept = {name: param.grad.clone() for name, param in active.items() if param.grad is not None}
-        grads, state, ahead = self._here(active)
+        grads, state, views = self._here(active)
+        here = {name: leaf.clone() for name, leaf in views.items()}
+
+        def advance(point: Tree, slopes: Tree) -> Tree:
+            nonlocal state
+            updates, state = rule(slopes, state, point)
+            return {name: leaf + updates[name] for name, leaf in point.items()}
+
+        options = {key: group[key] for key in ("lookahead", "target_lr", "mu")}
         try:
-            for _ in range(group["lookahead"]):
-                updates, state = rule(grads, state, ahead)
-                ahead = {name: leaf + updates[name] for name, leaf in ahead.items()}
-                grads = self._gradients(active, ahead, closure)
-            ahead = {name: leaf - group["target_lr"] * grads[name] for name, leaf in ahead.items()}
-            self.target = {name: ahead[self._partners[name]].squeeze(0) for name in active}
-            if group["mu"] == "loss":
-                grads = self._gradients(active, ahead, closure)
-                pull = {name: kept[name] - grads[self._partners[name]].squeeze(0) for name in active}
-            else:
-                pull = {name: self._wide(points[name]) - self.target[name] for name in active}
+            found, target = pull_of_target(here, grads, advance, lambda at: self._gradients(active, at, closure), **options)
+            self.target = {name: target[self._partners[name]].squeeze(0) for name in active}
+            pull = {name: found[self._partners[name]].squeeze(0) for name in active}
         finally:
             for name, param in active.items():
                 param.copy_(points[name])
