@@ -180,7 +180,7 @@ def _meta_train(options: Any, overrides: dict[str, str], command: str) -> None:
         raise RecipeError(f"{output} exists; choose another --output, or pass --overwrite to replace it")
     problem = _problem(recipe, options.problem)
     quiet_lightning()
-    method = recipe.methods[name]
+    method = recipe.methods[name].on(problem.name)
     trial = method.space.grid()[0]
     progress = Progress(1)
     with progress.shown():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -45,7 +45,8 @@ class Method:
             rule is used as it is.
         trainer: the arguments of :class:`~lightning_metaopt.MetaLoop`, with ``train``.
         search: dotted option to the values that are tried, as a list, or as a mapping with ``low``, ``high`` and ``log``.
-        problems: names of the problems that it is tried on; default: all.
+        problems: names of the problems that it is tried on, default: all; or a mapping from each of them to dotted options that
+            are others there, such as ``{digits: {}, photos: {train.metagrad.init_args.steps: 8}}``, or a ``search`` of its own.
         note: shown beside the row.
     """
 
@@ -57,13 +58,23 @@ class Method:
     train: dict[str, Any] | None = None
     trainer: dict[str, Any] = field(default_factory=dict)
     search: dict[str, Any] = field(default_factory=dict)
-    problems: list[str] | None = None
+    problems: list[str] | dict[str, dict[str, Any]] | None = None
     note: str = ""
 
     @cached_property
     def space(self) -> Space:
         """What is searched."""
         return Space.parse(self.search, f"methods.{self.name}.search")
+
+    def on(self, problem: str) -> Method:
+        """The method as it is on one of its problems."""
+        others = {str(key): value for key, value in self.problems.items()}.get(problem) if isinstance(self.problems, dict) else None
+        if not others:
+            return self
+        parts = deepcopy({key: value for key in sorted(_PARTS | _LISTS) if (value := getattr(self, key)) is not None})
+        for key, value in others.items():
+            set_option(parts, key, value)
+        return replace(self, **parts)
 
     def options(self, trial: Mapping[str, Any]) -> dict[str, Any]:
         """The parts of the method with one trial's values put in: all that its runs depend on."""
@@ -121,12 +132,12 @@ class Method:
 
 
 _PARTS = {"rule": dict, "optimizer": dict, "scheduler": dict, "train": dict, "trainer": dict, "search": dict}
-_LISTS = {"callbacks": list, "problems": list}
+_LISTS = {"callbacks": list}
 
 
 def read_method(name: str, options: Any) -> Method:
     """A method from its text in a recipe."""
-    known = {*_PARTS, *_LISTS, "note"}
+    known = {*_PARTS, *_LISTS, "problems", "note"}
     if not isinstance(options, dict):
         raise RecipeError(f"methods.{name} must be a mapping with the keys {', '.join(sorted(known))}")
     only(options, known, f"methods.{name}")
@@ -134,6 +145,17 @@ def read_method(name: str, options: Any) -> Method:
         if key in options and not isinstance(options[key], kind):
             what = "a mapping" if kind is dict else "a list"
             raise RecipeError(f"methods.{name}.{key} must be {what}, got {options[key]!r}")
+    _check_problems(name, options.get("problems", []))
     method = Method(name=name, **options)
-    Space.parse(method.search, f"methods.{name}.search")  # now, so that a wrong entry is named
+    for variant in (method, *map(method.on, map(str, method.problems or []))):
+        Space.parse(variant.search, f"methods.{name}.search")  # now, so that a wrong entry is named
     return method
+
+
+def _check_problems(name: str, problems: Any) -> None:
+    if not isinstance(problems, list | dict):
+        raise RecipeError(f"methods.{name}.problems must be a list, or a mapping with options, got {problems!r}")
+    for problem, others in problems.items() if isinstance(problems, dict) else ():
+        if not isinstance(others, dict):
+            raise RecipeError(f"methods.{name}.problems.{problem} must be a mapping of options, got {others!r}; {{}} for none")
+        only({str(key).split(".")[0]: None for key in others}, {*_PARTS, *_LISTS}, f"methods.{name}.problems.{problem}")

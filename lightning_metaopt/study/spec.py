@@ -125,7 +125,7 @@ class Recipe:
     def pairs(self) -> list[tuple[Problem, str, Method]]:
         """Every method with every problem that it is tried on."""
         return [
-            (problem, name, method)
+            (problem, name, method.on(problem.name))
             for problem in self.problems.values()
             for name, method in self.methods.items()
             if method.problems is None or problem.name in map(str, method.problems)
@@ -149,7 +149,7 @@ class Recipe:
             parse(Evaluation, problem.source["evaluation"], f"{problem.where}evaluation")
             if "family" in problem.source:
                 parse(TaskFamily, problem.source["family"], f"{problem.where}family")
-        for name, method in self.methods.items():
+        for _, name, method in self.pairs():
             for trial in method.space.each():
                 method.check_text(f"methods.{name}", trial)
 
@@ -165,11 +165,12 @@ class Recipe:
         if self.sampler not in SAMPLERS:
             raise RecipeError(f"sampler must be one of {', '.join(SAMPLERS)}; got {self.sampler!r}")
         for name, method in self.methods.items():
-            if method.problems == []:
+            if method.problems is not None and not method.problems:
                 raise RecipeError(f"methods.{name}.problems is empty: name a problem, or leave the key out to try it on all")
             unknown = set(map(str, method.problems or [])) - set(self.problems)
             if unknown:
                 raise RecipeError(f"methods.{name}.problems: the recipe has no problem {', '.join(sorted(unknown))}")
+        for _, name, method in self.pairs():
             self._check_budget(name, method)
         idle = set(self.problems) - {problem.name for problem, _, _ in self.pairs()}
         if idle:
