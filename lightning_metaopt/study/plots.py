@@ -12,18 +12,22 @@ from statistics import median
 from typing import Any
 
 from lightning_metaopt.study.components import RecipeError
-from lightning_metaopt.study.run_metric import mean
+from lightning_metaopt.study.run_metric import higher_is_better, mean
 from lightning_metaopt.study.statistics import bootstrap_interval, performance_profile
 from lightning_metaopt.study.style import Panel, Style, picture, styles
 from lightning_metaopt.study.tidy import Point, StudyData, replace_file
 
 __all__ = ["cost_panels", "curve_panels", "draw_all", "draw_curves", "profile_panels", "sensitivity_panels", "target_panels"]
 
+TENFOLD = 10.0
+LEFT_OUT = "Means that leave the frame diverged, or are ten times as bad as the median method at its start."
+
 
 def draw_curves(rows: Sequence[Mapping[str, str]], path: Path, title: str, learned: Sequence[str] = ()) -> None:
     """Draw ``runs.csv``: one panel for each problem and metric, the mean over seeds as a line, its 95 % interval as a band.
 
-    Ordinary optimizers are dashed, the ``learned`` ones solid. Curves that leave the frame grew tenfold, or diverged.
+    Ordinary optimizers are dashed, the ``learned`` ones solid. Means that leave the frame diverged, or are ten times as bad as the
+    median method at its start.
     """
     points = [
         Point(
@@ -69,7 +73,7 @@ def _curve_panels(points: Sequence[Point], looks: Mapping[str, Style]) -> list[P
     return [
         Panel(
             _title(problem, metric),
-            "Mean over seeds and its 95 % bootstrap interval, by method. What leaves the frame grew tenfold or diverged.",
+            f"Mean over seeds and its 95 % bootstrap interval, by method. {LEFT_OUT}",
             partial(_draw_curves, points=found, looks=looks, metric=metric),
         )
         for (problem, metric), found in groups.items()
@@ -97,16 +101,20 @@ def _draw_curves(axes: Any, points: Sequence[Point], looks: Mapping[str, Style],
     axes.set_xlabel("inner step")
     axes.set_ylabel(metric)
     axes.grid()
-    _frame(axes, list(means.values()))
+    _frame(axes, list(means.values()), higher_is_better(metric))
 
 
-def _frame(axes: Any, curves: Sequence[Sequence[float]]) -> None:
-    # Diverged curves leave the frame instead of flattening all others.
+def _frame(axes: Any, curves: Sequence[Sequence[float]], larger_is_better: bool) -> None:
+    # On the bad side diverged curves leave the frame instead of flattening all others; on the good side nothing does.
     finite = [value for curve in curves for value in curve if math.isfinite(value)]
     starts = [abs(curve[0]) for curve in curves if math.isfinite(curve[0])]
     if not finite or not starts:
         return
-    low, high = min(finite), min(max(finite), 10 * max(starts))
+    start, whole = median(starts), [value for curve in curves if all(map(math.isfinite, curve)) for value in curve]
+    if larger_is_better:
+        low, high = min([value for value in whole if value >= start / TENFOLD] or finite), max(finite)
+    else:
+        low, high = min(finite), max([value for value in whole if value <= start * TENFOLD] or finite)
     if low > 0 and high > 5 * low:
         axes.set_yscale("log")
         axes.set_ylim(low / 1.2, high * 1.2)

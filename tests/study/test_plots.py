@@ -17,7 +17,7 @@ from lightning_metaopt.study.plots import (
     target_panels,
 )
 from lightning_metaopt.study.style import COLORS, picture, styles
-from lightning_metaopt.study.tidy import read_rows
+from lightning_metaopt.study.tidy import Point, StudyData, read_rows
 
 FEW = {
     "SGD": (0.6, 0.05, False, 0.1),
@@ -89,6 +89,35 @@ def test_diverged_curves_leave_the_frame(data, looks):
     assert max(value for value in line.get_ydata() if math.isfinite(value)) > axes.get_ylim()[1]
     assert axes.get_ylim()[1] < 30
     assert axes.get_ylim()[0] < 0.5
+
+
+def curves_of(metric, **methods):
+    """The panel of one metric: the curves of methods with one seed."""
+    points = [
+        Point("", name, 0, metric, step, value, math.nan) for name, curve in methods.items() for step, value in enumerate(curve)
+    ]
+    data = StudyData({"problems": {"": {}}, "methods": {name: {} for name in methods}}, points)
+    (panel,) = curve_panels(data, styles(list(methods), []))
+    return drawn(panel)
+
+
+def test_one_diverged_run_stretches_no_panel():
+    usual = {f"usual {number}": [6.0 + number / 10, 5.0, 4.0] for number in range(5)}
+    nan = math.nan
+    for bad in ([6.0, 1e8, nan], [36.0, nan, nan], [7.0, 300.0, nan]):
+        assert curves_of("training loss", **usual, bad=bad).get_ylim() == pytest.approx((3.88, 6.52))  # 5 % around 4 ... 6.4
+    assert curves_of("training loss", **usual, bad=[6.0, 200.0, 1e8]).get_ylim() == pytest.approx((3.88, 6.52))  # finite yet
+    assert 50 < curves_of("training loss", **usual, bad=[50.0, 40.0, 100.0]).get_ylim()[1] < 70  # bad, and in part too bad
+    assert curves_of("training loss", **usual, good=[6.0, 0.001, nan]).get_ylim()[0] < 0.001  # what is good is always seen
+    assert curves_of("loss", one=[1.0, nan], other=[2.0, nan]).get_ylim() == pytest.approx((0.95, 2.05))
+
+
+def test_of_accuracies_the_low_ones_leave_the_frame():
+    usual = {f"usual {number}": [0.1, 0.11, 0.12] for number in range(5)}
+    assert curves_of("val accuracy", **usual, bad=[0.001, 0.0005, 0.0005]).get_ylim() == pytest.approx((0.099, 0.121))
+    assert curves_of("val accuracy", **usual, bad=[0.02, 0.02, 0.02]).get_ylim()[0] < 0.02
+    assert curves_of("val accuracy", one=[0.1, math.nan], other=[0.2, math.nan]).get_ylim() == pytest.approx((0.095, 0.205))
+    assert curves_of("val accuracy", **usual, good=[0.1, 0.9, math.nan]).get_ylim()[1] > 0.9
 
 
 def test_sensitivity_joins_the_best_and_marks_what_diverged(data, looks):
