@@ -77,14 +77,14 @@ class Replay:
         *,
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        name = type(module).__name__
         if step is None:
+            name = type(module).__name__
             if not getattr(module, "automatic_optimization", True):
                 raise ValueError(
                     f"{name} has automatic_optimization=False: its training step takes optimizer steps itself, so it is no "
                     "function of the parameters that could be repeated. Use automatic optimisation, or pass a function as step"
                 )
-            if not callable(getattr(module, "training_step", None)):
+            if not hasattr(module, "training_step"):
                 raise TypeError(f"{name} has no training_step; pass a function that returns the loss of a batch")
         self.module, self.context, self._step = module, context, step
         self._within = _Within(module)
@@ -95,7 +95,8 @@ class Replay:
 
     def _takes_index(self) -> bool:
         # Lightning's own rule: with one argument it is the batch.
-        parameters = inspect.signature(self._function()).parameters
+        function = self._function()
+        parameters = inspect.signature(function.forward if isinstance(function, nn.Module) else function).parameters
         if "dataloader_iter" in parameters:
             raise TypeError(
                 "a training_step that takes dataloader_iter fetches its batches itself, so that it cannot be repeated; let it take "
@@ -105,7 +106,6 @@ class Replay:
         free = [kind for kind in kinds if kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)]
         return "batch_idx" in parameters or inspect.Parameter.VAR_POSITIONAL in kinds or len(free) > 1
 
-    # ----------------------------------------------------------------------------------------------------------- what there is
     def params(self) -> Tree:
         """Copies of the trainable parameters, by name; a tied one has its first name."""
         for name, value in self.module.named_parameters():
@@ -130,7 +130,6 @@ class Replay:
         randomness = Randomness(self.module, sorted(devices, key=str))
         return Moment(cloned(batch), batch_idx, randomness, weight, self.buffers() if buffers else None)
 
-    # -------------------------------------------------------------------------------------------------------- the step repeated
     def loss(self, moments: Moments, params: Mapping[str, Tensor], buffers: Tree | None = None) -> Tensor:
         """The loss at ``params``, shape ``()``, to be differentiated as often as wanted.
 
@@ -142,7 +141,7 @@ class Replay:
         A step that returns ``None``, which Lightning leaves out, has loss 0.
 
         Raises:
-            ValueError: for a name that is no parameter, or a step that returns no loss.
+            ValueError: for a name that is no parameter, or a step without loss.
             RuntimeError: for gradient checkpointing, which :meth:`grad` and :meth:`hvp` allow, since they do all in one go.
         """
         return self._sums(moments, lambda one: (self._run(one, params, buffers, lambda loss: loss, twice=True, leaving=True), []))[
