@@ -33,19 +33,23 @@ class Hint:
             :math:`D_t = g_t P_{t-1} + h_t`. ``None`` to do so for base optimizers with momentum only. Without correction a hint
             lets factors grow with the noise of the gradient; that offsets the short sight of :math:`g_t g_{t-1}`, but not of
             :math:`g_t P_{t-1}` where :math:`P` looks further back: there factors would grow until training breaks down.
+        fade: :math:`\\kappa` falls like ``scale / (1 + t / fade)`` with the number :math:`t` of meta-steps; ``None`` if not.
     """
 
     of: Literal["current", "previous"] = "current"
     scale: float = 1.0
     corrected: bool | None = True
+    fade: float | None = None
 
     def __post_init__(self) -> None:
         if self.of not in ("current", "previous"):
             raise ValueError(f"of must be 'current' or 'previous', got {self.of!r}")
         if not math.isfinite(self.scale):
             raise ValueError(f"scale must be finite, got {self.scale}")
+        if self.fade is not None and not self.fade > 0:
+            raise ValueError(f"fade must be positive or None, got {self.fade}")
 
-    def add_(self, meta: Tensor, current: Tensor | None, slots: Slots, momentum: bool) -> Tensor:
+    def add_(self, meta: Tensor, current: Tensor | None, slots: Slots, momentum: bool, count: int) -> Tensor:
         """``meta`` (:math:`g_t P_{t-1}`, changed in place) with the hint; the new hint goes into ``slots``.
 
         Args:
@@ -53,13 +57,15 @@ class Hint:
             current: :math:`g_t P_t`, for ``of="current"``.
             slots: where the hint is kept for its correction.
             momentum: whether the base optimizer averages over steps.
+            count: the number of this meta-step, from 1.
         """
         source = meta if self.of == "previous" else current
         assert source is not None
+        scale = self.scale if self.fade is None else self.scale / (1 + count / self.fade)
         if not (momentum if self.corrected is None else self.corrected):
             slots.pop("hint", None)
-            return meta.add_(source, alpha=self.scale)
-        hint = source * self.scale
+            return meta.add_(source, alpha=scale)
+        hint = source * scale
         meta.add_(hint)
         if "hint" in slots:
             meta.sub_(slots["hint"])

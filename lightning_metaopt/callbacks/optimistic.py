@@ -28,18 +28,18 @@ class OptimisticMetaGrad(DrawnStepCallback):
         mode: ``"optimistic"``, or ``"standard"`` for meta-gradients without hint.
         scope: one factor for each ``"element"``, for each ``"tensor"``, or for the whole ``"optimizer"``.
         update: ``"log"``, the robust form: :math:`\\log w` is moved by Adam (so that no scale needs to be known), the hint is
-            halved, and taken off again only for optimizers with momentum (see :class:`~lightning_metaopt.metastep.Hint`), and no
-            step is longer than a tenth of the parameters' norm. ``"raw"``, the paper's
+            halved, and taken off again only for optimizers with momentum (see :class:`~lightning_metaopt.metastep.Hint`), rate
+            and hint fade, and no step is longer than a tenth of the parameters' norm. ``"raw"``, the paper's
             rule :math:`\\mathrm{lr}\\,w \\leftarrow \\max(\\mathrm{lr}\\,w + \\beta D_t, 0)` (section 7.2), without a limit.
-        meta_lr: rate :math:`\\beta` of the step sizes, by default 0.1 for ``"log"``: the usual change of a logarithm in one step.
-            For ``"raw"`` it has to be given; it is in units of step size / squared gradient, and good values differ by orders of
-            magnitude between problems.
+        meta_lr: rate :math:`\\beta` of the step sizes, by default 0.15 for ``"log"``: the usual change of a logarithm in one of
+            the first steps. For ``"raw"`` it has to be given; it is in units of step size / squared gradient, and good values
+            differ by orders of magnitude between problems.
         hint: instead of the usual one, ``Hint(of="previous")`` for that of Corollary 1, or other options of it.
         trust: longest step as a fraction of the norm of the parameters; ``None`` for no limit. By default 0.1 for ``"log"``.
         betas: averaging constants of Adam for ``"log"``.
         limit: for ``"log"``, factors stay between ``1 / limit`` and ``limit``.
         fade: for ``"log"``, the rate falls like ``meta_lr / (1 + t / fade)`` with the number :math:`t` of meta-steps, so that
-            long trainings settle; ``None`` for a constant rate.
+            long trainings settle, and the usual hint falls in the same way; ``None`` for neither.
         optimizer_index: which of several optimizers to follow; ``None`` for all, each with factors of its own.
         log: log quantiles of the factors (or the factors), ``cosine`` of gradient and last direction, ``clip_rate``.
         draw: file for a picture of what was logged, see :class:`~lightning_metaopt.callbacks.drawing.DrawnStepCallback`.
@@ -78,7 +78,7 @@ class OptimisticMetaGrad(DrawnStepCallback):
         trust: float | Literal["default"] | None = "default",
         betas: tuple[float, float] = (0.9, 0.999),
         limit: float = 1e4,
-        fade: float | None = 400.0,
+        fade: float | None = 100.0,
         optimizer_index: int | None = None,
         log: bool = True,
         draw: str | os.PathLike[str] | None = None,
@@ -96,9 +96,9 @@ class OptimisticMetaGrad(DrawnStepCallback):
             raise ValueError("update='raw' needs a meta_lr, in units of step size / squared gradient; or use update='log'")
         self.scope: Scope = scope
         self.update: StepSizeUpdate = (
-            Logarithmic(0.1 if meta_lr is None else meta_lr, betas, limit, fade) if update == "log" else Additive(meta_lr or 0.0)
+            Logarithmic(0.15 if meta_lr is None else meta_lr, betas, limit, fade) if update == "log" else Additive(meta_lr or 0.0)
         )
-        usual = Hint(scale=0.5, corrected=None) if update == "log" else Hint()
+        usual = Hint(scale=0.5, corrected=None, fade=fade) if update == "log" else Hint()
         self.hint = None if mode == "standard" else hint or usual
         self.trust = (0.1 if update == "log" else None) if trust == "default" else trust
         if self.trust is not None and not self.trust > 0:

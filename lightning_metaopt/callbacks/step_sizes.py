@@ -109,8 +109,8 @@ class StepSizes(StepEngine):
 
     def _advance(self, holder: dict[str, Any], meta: Tensor, current: Tensor | None, momentum: bool) -> None:
         slots = self._slots(holder, meta)
-        increase = meta if self.hint is None else self.hint.add_(meta, current, slots, momentum)
         holder["count"] = holder.get("count", 0) + 1
+        increase = meta if self.hint is None else self.hint.add_(meta, current, slots, momentum, holder["count"])
         self.update.advance_(slots, increase, holder["count"])
 
     def _slots(self, holder: dict[str, Any], like: Tensor) -> dict[str, Tensor]:

@@ -95,10 +95,10 @@ def robust_twin(
     for t, a in enumerate(grads):
         for k, part in enumerate(parts):
             if t > 0:
-                d = sum(a[i] * grads[t - 1][i] + kappa * a[i] * a[i] for i in part)
+                d = sum(a[i] * grads[t - 1][i] + kappa / (1 + t / fade) * a[i] * a[i] for i in part)
                 m[k] = 0.9 * m[k] + 0.1 * d
                 s[k] = 0.999 * s[k] + 0.001 * d * d
-                v[k] += 0.1 / (1 + t / fade) * (m[k] / (1 - 0.9**t)) / (math.sqrt(s[k] / (1 - 0.999**t)) + 1e-20)
+                v[k] += 0.15 / (1 + t / fade) * (m[k] / (1 - 0.9**t)) / (math.sqrt(s[k] / (1 - 0.999**t)) + 1e-20)
         delta = [0.0] * n
         for k, part in enumerate(parts):
             for i in part:
@@ -114,6 +114,7 @@ def robust_twin(
 def test_the_robust_form(mode: Any, scope: Any) -> None:
     grads = gradients()
     assert_near(run(grads, mode=mode, scope=scope, fade=None), robust_twin(grads, 0.5 * (mode == "optimistic"), 0.1, scope))
+    assert_near(run(grads, mode=mode, scope=scope), robust_twin(grads, 0.5 * (mode == "optimistic"), 0.1, scope, fade=100.0))
     fading = run(grads, mode=mode, scope=scope, fade=20.0)
     assert_near(fading, robust_twin(grads, 0.5 * (mode == "optimistic"), 0.1, scope, fade=20.0))
     free = run(grads, mode=mode, scope=scope, fade=None, trust=None, limit=1e9, lr=1e-3)
@@ -131,7 +132,7 @@ def corrected_twin(grads: list[list[float]], directions: list[list[float]], lr: 
             new = 0.5 * g * directions[t][i]
             d, hint = g * last + new - hint, new
             m, s = 0.9 * m + 0.1 * d, 0.999 * s + 0.001 * d * d
-            v += 0.1 * (m / (1 - 0.9**t)) / (math.sqrt(s / (1 - 0.999**t)) + 1e-20)
+            v += 0.15 * (m / (1 - 0.9**t)) / (math.sqrt(s / (1 - 0.999**t)) + 1e-20)
         sizes.append(lr * math.exp(v))
     return sizes
 
