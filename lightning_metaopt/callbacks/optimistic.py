@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from typing import Any, Literal, final
 
+from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
+from lightning_metaopt.callbacks.bootstrapped import Bootstrap, bind
 from lightning_metaopt.callbacks.drawing import DrawnStepCallback
 from lightning_metaopt.callbacks.step_sizes import Scope, StepSizes
 from lightning_metaopt.metastep import Additive, Hint, Logarithmic, StepSizeUpdate
+from lightning_metaopt.online.target import Mu
+from lightning_metaopt.replay import Replay
 
 __all__ = ["OptimisticMetaGrad"]
 
@@ -25,7 +29,9 @@ class OptimisticMetaGrad(DrawnStepCallback):
     .. math:: D_t = g_t P_{t-1} + h_t - h_{t-1}, \\qquad h_t = \\kappa\\, g_t P_t .
 
     Args:
-        mode: ``"optimistic"``, or ``"standard"`` for meta-gradients without hint.
+        mode: ``"optimistic"``, ``"standard"`` for meta-gradients without hint, or ``"bootstrapped"``, with the pull of a target in
+            the place of :math:`g_t` (:class:`~lightning_metaopt.callbacks.bootstrapped.Bootstrap`), for which the module's
+            ``training_step`` is repeated ``lookahead`` times in each step.
         scope: one factor for each ``"element"``, for each ``"tensor"``, or for the whole ``"optimizer"``.
         update: ``"log"``, the robust form: :math:`\\log w` is moved by Adam (so that no scale needs to be known), the hint is
             halved, and taken off again only for optimizers with momentum (see :class:`~lightning_metaopt.metastep.Hint`), rate
@@ -40,6 +46,9 @@ class OptimisticMetaGrad(DrawnStepCallback):
         limit: for ``"log"``, factors stay between ``1 / limit`` and ``limit``.
         fade: for ``"log"``, the rate falls like ``meta_lr / (1 + t / fade)`` with the number :math:`t` of meta-steps, so that
             long trainings settle, and the usual hint falls in the same way; ``None`` for neither.
+        lookahead: for ``"bootstrapped"``, the steps :math:`K` between the parameters and their target.
+        target_lr: for ``"bootstrapped"``, :math:`\\eta`, the last step to the target, along the gradient.
+        mu: for ``"bootstrapped"``, ``"euclidean"`` to come closer to the target, ``"loss"`` to have the same loss there.
         optimizer_index: which of several optimizers to follow; ``None`` for all, each with factors of its own.
         log: log quantiles of the factors (or the factors), ``cosine`` of gradient and last direction, ``clip_rate``.
         draw: file for a picture of what was logged, see :class:`~lightning_metaopt.callbacks.drawing.DrawnStepCallback`.
@@ -54,7 +63,8 @@ class OptimisticMetaGrad(DrawnStepCallback):
     parameter stays as the optimizer made it.
 
     Raises:
-        ValueError: for options out of range. See :class:`~lightning_metaopt.callbacks.hooks.StepCallback` for when ``fit`` starts.
+        ValueError: for options out of range; when ``fit`` starts, for ``"bootstrapped"`` with manual optimisation. See
+            :class:`~lightning_metaopt.callbacks.hooks.StepCallback` for others when ``fit`` starts.
 
     >>> from lightning.pytorch import Trainer
     >>> from lightning.pytorch.demos.boring_classes import BoringModel
@@ -70,7 +80,7 @@ class OptimisticMetaGrad(DrawnStepCallback):
 
     def __init__(
         self,
-        mode: Literal["standard", "optimistic"] = "optimistic",
+        mode: Literal["standard", "optimistic", "bootstrapped"] = "optimistic",
         scope: Scope = "element",
         update: Literal["log", "raw"] = "log",
         meta_lr: float | None = None,
@@ -79,19 +89,22 @@ class OptimisticMetaGrad(DrawnStepCallback):
         betas: tuple[float, float] = (0.9, 0.999),
         limit: float = 1e4,
         fade: float | None = 100.0,
+        lookahead: int = 1,
+        target_lr: float = 1.0,
+        mu: Mu = "euclidean",
         optimizer_index: int | None = None,
         log: bool = True,
         draw: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__(optimizer_index, log, draw)
-        if mode not in ("standard", "optimistic"):
-            raise ValueError(f"mode must be 'standard' or 'optimistic', got {mode!r}")
+        if mode not in ("standard", "optimistic", "bootstrapped"):
+            raise ValueError(f"mode must be 'standard', 'optimistic' or 'bootstrapped', got {mode!r}")
         if scope not in ("element", "tensor", "optimizer"):
             raise ValueError(f"scope must be 'element', 'tensor' or 'optimizer', got {scope!r}")
         if update not in ("log", "raw"):
             raise ValueError(f"update must be 'log' or 'raw', got {update!r}")
-        if mode == "standard" and hint is not None:
-            raise ValueError("mode='standard' has no hint; use mode='optimistic'")
+        if mode != "optimistic" and hint is not None:
+            raise ValueError(f"mode={mode!r} has no hint; use mode='optimistic'")
         if update == "raw" and meta_lr is None:
             raise ValueError("update='raw' needs a meta_lr, in units of step size / squared gradient; or use update='log'")
         self.scope: Scope = scope
@@ -99,20 +112,56 @@ class OptimisticMetaGrad(DrawnStepCallback):
             Logarithmic(0.15 if meta_lr is None else meta_lr, betas, limit, fade) if update == "log" else Additive(meta_lr or 0.0)
         )
         usual = Hint(scale=0.5, corrected=None, fade=fade) if update == "log" else Hint()
-        self.hint = None if mode == "standard" else hint or usual
+        self.hint = hint or usual if mode == "optimistic" else None
+        self.bootstrapped = mode == "bootstrapped"
+        self.target: dict[str, Any] = {"lookahead": lookahead, "target_lr": target_lr, "mu": mu}
+        Bootstrap(**self.target)  # checks them
         self.trust = (0.1 if update == "log" else None) if trust == "default" else trust
         if self.trust is not None and not self.trust > 0:
             raise ValueError(f"trust must be positive or None, got {self.trust}")
 
     def engine(self, optimizer: Optimizer) -> StepSizes:
-        return StepSizes(optimizer, self.update, self.scope, self.hint, self.trust)
+        bootstrap = Bootstrap(**self.target) if self.bootstrapped else None
+        return StepSizes(optimizer, self.update, self.scope, self.hint, self.trust, bootstrap)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self.bootstrapped and stage == "fit":
+            Replay(pl_module)  # refuses what cannot be repeated
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        for ahead in self._aheads():
+            bind(ahead, trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        for ahead in self._aheads():
+            if ahead.replay is not None:
+                ahead.record(batch, batch_idx, 1 / trainer.accumulate_grad_batches)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if trainer.global_step != self._global_step:
+            for ahead in self._aheads():
+                ahead.moments.clear()  # of a step that was left out
+
+    def _aheads(self) -> list[Bootstrap]:
+        return [engine.bootstrap for engine in self.engines] if self.bootstrapped else []
+
+    def _detach(self) -> None:
+        super()._detach()
+        for ahead in self._aheads():
+            ahead.release()
 
     @classmethod
-    def attach(cls, optimizer: Optimizer, **options: Any) -> StepSizes:
+    def attach(cls, optimizer: Optimizer, replay: Replay | None = None, **options: Any) -> StepSizes:
         """The same outside of Lightning: from now on, each ``optimizer.step()`` is followed by a meta-step.
 
         Args:
             optimizer: any optimizer but ``LBFGS``.
+            replay: for ``mode="bootstrapped"``, the loss: ``Replay(module, step)``; before each step (each batch, where gradients
+                are accumulated), hand over the batch by ``engine.bootstrap.record(batch)``.
             options: those of the constructor.
 
         Returns:
@@ -130,5 +179,9 @@ class OptimisticMetaGrad(DrawnStepCallback):
         True
         """
         engine = cls(**options).engine(optimizer)
+        if engine.bootstrap is not None:
+            if replay is None:
+                raise ValueError("mode='bootstrapped' computes further gradients: pass replay=Replay(module, step)")
+            engine.bootstrap.bind(replay)
         engine.attach()
         return engine

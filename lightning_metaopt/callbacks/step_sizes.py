@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from lightning_metaopt.callbacks.bootstrapped import Bootstrap
 from lightning_metaopt.callbacks.hooks import Move, StepEngine
 from lightning_metaopt.metastep import Hint, StepSizeUpdate
+from lightning_metaopt.recording import Moment
 
 __all__ = ["Scope", "StepSizes"]
 
@@ -32,6 +34,7 @@ class StepSizes(StepEngine):
         hint: what is added to the meta-gradient; ``None`` for nothing.
         trust: longest step, as a fraction of the norm of all parameters that take part; a longer one is shortened by ``c < 1``,
             and the factors by :math:`\\sqrt c`. ``None`` for no limit.
+        bootstrap: what takes the place of gradients in meta-gradients.
     """
 
     def __init__(
@@ -41,9 +44,10 @@ class StepSizes(StepEngine):
         scope: Scope = "element",
         hint: Hint | None = None,
         trust: float | None = None,
+        bootstrap: Bootstrap | None = None,
     ) -> None:
         super().__init__(optimizer)
-        self.update, self.scope, self.hint, self.trust = update, scope, hint, trust
+        self.update, self.scope, self.hint, self.trust, self.bootstrap = update, scope, hint, trust, bootstrap
         self.clipped = 0
         self.skipped = 0
         self.cosine: float | None = None
@@ -56,6 +60,7 @@ class StepSizes(StepEngine):
     def adjust(self, moves: list[Move]) -> None:
         """One meta-step, and the base optimizer's step with the new factors."""
         records = [self._record(move.param) for move in moves]
+        moments = [] if self.bootstrap is None else self.bootstrap.take()
         if self.update.rate == 0 and self.trust is None:
             return
         # The direction of the base optimizer; there is none where a schedule has set the learning rate to 0.
@@ -65,7 +70,9 @@ class StepSizes(StepEngine):
         if finite:
             if self.watched:
                 self._measure(grads, records)
-            self._learn(moves, records, directions, grads)
+            pulls = self._pulls(moves, records, directions, grads, moments)
+            if pulls is not None:
+                self._learn(moves, records, directions, pulls)
         else:
             self._skip()
         for move, record, direction in zip(moves, records, directions, strict=True):
@@ -76,9 +83,17 @@ class StepSizes(StepEngine):
                 record.get("slots", {}).pop("hint", None)
         self._apply(moves, records, directions, finite)
 
+    def _pulls(
+        self, moves: list[Move], records: list[dict[str, Any]], directions: list[Tensor], grads: list[Tensor], moments: list[Moment]
+    ) -> list[Tensor] | None:
+        # What takes the place of gradients in meta-gradients; None where there is nothing to be learned.
+        if self.bootstrap is None or self.update.rate == 0 or not any("past" in record for record in records):
+            return grads if self.update.rate else None
+        found = self.bootstrap.pull(self.optimizer, moves, directions, self._factors(records), grads, moments, self._shorten)
+        self.skipped += found is None
+        return found
+
     def _learn(self, moves: list[Move], records: list[dict[str, Any]], directions: list[Tensor], grads: list[Tensor]) -> None:
-        if self.update.rate == 0:
-            return
         whole: dict[str, Tensor] = {}  # sums over tensors, for one factor in all
         lengths: list[Tensor] = []  # of gradients and last directions
         first = next((move.base_lr for move in moves if move.base_lr), 1.0)
@@ -122,20 +137,21 @@ class StepSizes(StepEngine):
     def _holder(self, record: dict[str, Any]) -> dict[str, Any]:
         return self._shared if self.scope == "optimizer" else record
 
+    def _factors(self, records: list[dict[str, Any]]) -> list[Tensor | None]:
+        holders = map(self._holder, records)
+        return [self.update.factor(holder["slots"]) if holder.get("slots") else None for holder in holders]
+
     def _apply(self, moves: list[Move], records: list[dict[str, Any]], directions: list[Tensor], finite: bool) -> None:
-        factors: list[Tensor | None] = []
-        for record in records:
-            holder = self._holder(record)
-            factors.append(self.update.factor(holder["slots"]) if holder.get("slots") else None)
         if not finite:  # 0 times a bad number would be bad too: what the base optimizer did stays
             return
+        factors = self._factors(records)
         shorten = 1.0
         changes = [
             direction * -move.lr if factor is None else (direction * factor.to(direction)).mul_(-move.lr)
             for move, direction, factor in zip(moves, directions, factors, strict=True)
         ]
         if self.trust is not None:
-            shorten = self._shorten(moves, changes)
+            shorten = self._shorten([move.old for move in moves], changes)
             if shorten < 1:
                 self.clipped += 1
                 holders = {id(holder): holder for holder in map(self._holder, records)}
@@ -147,10 +163,11 @@ class StepSizes(StepEngine):
             if move.lr and (factor is not None or shorten < 1):
                 move.param.copy_(_precise(move.old).add(change, alpha=shorten) if shorten else move.old)
 
-    def _shorten(self, moves: list[Move], changes: list[Tensor]) -> float:
-        assert self.trust is not None
-        count = sum(move.param.numel() for move in moves)
-        lengths = torch.stack([torch.stack(_norms([move.old for move in moves])), torch.stack(_norms(changes))])
+    def _shorten(self, points: list[Tensor], changes: list[Tensor]) -> float:
+        if self.trust is None:
+            return 1.0
+        count = sum(point.numel() for point in points)
+        lengths = torch.stack([torch.stack(_norms(points)), torch.stack(_norms(changes))])
         size, step = torch.linalg.vector_norm(lengths, dim=1).tolist()
         longest = self.trust * max(size, _SMALLEST * math.sqrt(count))
         if math.isfinite(step):
@@ -231,7 +248,8 @@ class StepSizes(StepEngine):
 
     def _identity(self) -> dict[str, Any]:
         hint = None if self.hint is None else [self.hint.of, self.hint.corrected]
-        return {"update": type(self.update).__name__, "scope": self.scope, "hint": hint}
+        target = None if self.bootstrap is None else self.bootstrap.options
+        return {"update": type(self.update).__name__, "scope": self.scope, "hint": hint, "target": target}
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`StepEngine`."""

@@ -1,0 +1,340 @@
+"""Bootstrapped meta-gradients on any optimizer's steps, against plain loops and the same algorithm on a rule."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from step_cases import STEPS
+from torch import Tensor, nn
+
+from lightning_metaopt.callbacks import OptimisticMetaGrad
+from lightning_metaopt.online import BootstrappedMetaGrad, hints_from_targets
+from lightning_metaopt.replay import Replay
+from lightning_metaopt.rules import MetaSGD
+
+N = 4
+
+
+class Point(nn.Module):
+    """Two parameters, and the loss of a minibatch ``(A, c)``: sum of cos(A x) + |x - c|^2 / 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.tensor([1.0, -0.5], dtype=torch.float64))
+        self.second = nn.Parameter(torch.tensor([0.8, 1.2], dtype=torch.float64))
+
+    def forward(self, batch: Any) -> Tensor:
+        x = torch.cat([self.first, self.second])
+        return (batch[0] @ x).cos().sum() + 0.5 * (x - batch[1]).square().sum()
+
+
+def minibatches(steps: int = STEPS) -> list[Any]:
+    torch.manual_seed(0)
+    common = torch.randn(N, dtype=torch.float64)
+    return [
+        (0.5 * torch.randn(3, N, dtype=torch.float64), common + 0.5 * torch.randn(N, dtype=torch.float64)) for _ in range(steps)
+    ]
+
+
+def run(make: Any, steps: int = STEPS, **options: Any) -> tuple[list[float], list[float], Any]:
+    net = Point()
+    optimizer = make(net.parameters())
+    engine = OptimisticMetaGrad.attach(optimizer, Replay(net, net), mode="bootstrapped", **options)
+    for batch in minibatches(steps):
+        engine.bootstrap.record(batch)
+        optimizer.zero_grad()
+        net(batch).backward()
+        optimizer.step()
+    factors = torch.cat([engine.factors()[p].expand_as(p) for p in net.parameters()])
+    return torch.cat([p.detach() for p in net.parameters()]).tolist(), factors.tolist(), engine
+
+
+# ------------------------------------------------------------------------------------------------------- the twin, in plain loops
+def slope(batch: Any, x: list[float]) -> list[float]:
+    a, c = batch[0].tolist(), batch[1].tolist()
+    sines = [math.sin(sum(row[i] * x[i] for i in range(N))) for row in a]
+    return [x[i] - c[i] - sum(s * row[i] for s, row in zip(sines, a, strict=True)) for i in range(N)]
+
+
+def clip(change: list[float], x: list[float], trust: float) -> float:
+    return min(1.0, trust * math.sqrt(sum(v * v for v in x)) / math.sqrt(sum(v * v for v in change)))
+
+
+def twin(
+    update: str,
+    lookahead: int,
+    mu: str,
+    scope: str = "element",
+    eta: float = 1.0,
+    lr: float = 0.1,
+    beta: float = 0.0,
+    rate: float = 0.01,
+) -> tuple[list[float], list[float]]:
+    parts = {"element": [[i] for i in range(N)], "tensor": [[0, 1], [2, 3]], "optimizer": [list(range(N))]}[scope]
+    raw = update == "raw"
+    trust = math.inf if raw else 0.1
+    x, w = [1.0, -0.5, 0.8, 1.2], [1.0] * N
+    velocity, past = [0.0] * N, None
+    m, s, count = [0.0] * len(parts), [0.0] * len(parts), 0
+    for batch in minibatches():
+        g = slope(batch, x)
+        velocity = [beta * v + gi for v, gi in zip(velocity, g, strict=True)]
+        direction = list(velocity)
+        if past is not None:
+            y, ahead, memory = x, direction, velocity
+            for k in range(lookahead):
+                change = [-lr * wi * p for wi, p in zip(w, ahead, strict=True)]
+                c = clip(change, y, trust)
+                y = [yi + c * d for yi, d in zip(y, change, strict=True)]
+                at = slope(batch, y)
+                if k + 1 < lookahead:
+                    memory = [beta * v + gi for v, gi in zip(memory, at, strict=True)]
+                    ahead = memory
+            z = [yi - eta * gi for yi, gi in zip(y, at, strict=True)]
+            pull = [a - b for a, b in zip(x, z, strict=True)]
+            if mu == "loss":
+                pull = [a - b for a, b in zip(g, slope(batch, z), strict=True)]
+            count += 1
+            for k, part in enumerate(parts):
+                d = sum(pull[i] * past[i] for i in part)
+                if raw:
+                    new = max(w[part[0]] + rate / lr * d, 0.0)
+                else:
+                    m[k], s[k] = 0.9 * m[k] + 0.1 * d, 0.999 * s[k] + 0.001 * d * d
+                    new = w[part[0]] * math.exp(rate * (m[k] / (1 - 0.9**count)) / (math.sqrt(s[k] / (1 - 0.999**count)) + 1e-20))
+                for i in part:
+                    w[i] = new
+        change = [-lr * wi * p for wi, p in zip(w, direction, strict=True)]
+        c = clip(change, x, trust)
+        x = [xi + c * d for xi, d in zip(x, change, strict=True)]
+        w = [wi * math.sqrt(c) for wi in w]
+        past = direction
+    return x, w
+
+
+@pytest.mark.parametrize("mu", ["euclidean", "loss"])
+@pytest.mark.parametrize("lookahead", [1, 3])
+@pytest.mark.parametrize("update", ["raw", "log"])
+def test_a_plain_loop(update: Any, lookahead: int, mu: Any) -> None:
+    options: dict[str, Any] = {"lookahead": lookahead, "mu": mu, "update": update, "meta_lr": 0.01, "target_lr": 0.7, "fade": None}
+    found = run(lambda p: torch.optim.SGD(p, 0.1), trust="default" if update == "raw" else 0.1, **options)
+    expected = twin(update, lookahead, mu, eta=0.7)
+    assert found[0] == pytest.approx(expected[0], rel=1e-9)
+    assert found[1] == pytest.approx(expected[1], rel=1e-9)
+    assert max(abs(math.log(max(w, 1e-9))) for w in found[1]) > 0.1
+
+
+@pytest.mark.parametrize("scope", ["tensor", "optimizer"])
+@pytest.mark.parametrize("update", ["raw", "log"])
+def test_momentum_and_other_scopes(update: Any, scope: Any) -> None:
+    """Steps ahead are the base optimizer's own, from its state."""
+    options: dict[str, Any] = {"lookahead": 3, "update": update, "meta_lr": 0.003, "fade": None, "scope": scope}
+    found = run(lambda p: torch.optim.SGD(p, 0.05, momentum=0.8), trust="default" if update == "raw" else 0.1, **options)
+    expected = twin(update, 3, "euclidean", scope, lr=0.05, beta=0.8, rate=0.003)
+    assert found[0] == pytest.approx(expected[0], rel=1e-8)
+    assert found[1] == pytest.approx(expected[1], rel=1e-8)
+    plain = twin(update, 3, "euclidean", scope, lr=0.05, beta=0.8, rate=0.0)
+    assert found[0] != pytest.approx(plain[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("mu", ["euclidean", "loss"])
+@pytest.mark.parametrize("lookahead", [1, 2])
+def test_the_algorithm_on_a_rule(lookahead: int, mu: Any) -> None:
+    """Algorithm 3 with phi = -w grad f: the same parameters and step sizes as an optimizer with a rule."""
+    found = run(lambda p: torch.optim.SGD(p, 0.125), update="raw", meta_lr=0.01, lookahead=lookahead, mu=mu)
+    net = Point()
+    rule = MetaSGD.for_module(net, lr=0.125)
+    optimizer = BootstrappedMetaGrad(net.named_parameters(), 0.01, rule, lookahead=lookahead, mu=mu, bounds=(0.0, None))
+    for batch in minibatches():
+
+        def closure(batch: Any = batch) -> Tensor:
+            optimizer.zero_grad()
+            loss = net(batch)
+            loss.backward()
+            return loss.detach()
+
+        optimizer.step(closure)
+    assert found[0] == pytest.approx(torch.cat([p.detach() for p in net.parameters()]).tolist(), rel=1e-9)
+
+
+def test_as_a_hint_of_optimistic_learning() -> None:
+    """Theorem 3: the same step sizes as FTRL with the hint that the conversion makes of the target."""
+    seen: list[Any] = []
+    net = Point()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    engine = OptimisticMetaGrad.attach(optimizer, Replay(net, net), mode="bootstrapped", update="raw", meta_lr=0.002)
+    original = engine.bootstrap.pull
+
+    def pull(*args: Any) -> Any:
+        found = original(*args)
+        seen.append([torch.cat([leaf.clone() for leaf in leaves]) for leaves in (found, args[4])])
+        return found
+
+    engine.bootstrap.pull = pull
+    directions, sizes = [], [torch.full((N,), 0.1, dtype=torch.float64)]
+    for batch in minibatches(20):
+        engine.bootstrap.record(batch)
+        optimizer.zero_grad()
+        net(batch).backward()
+        directions.append(torch.cat([p.grad for p in net.parameters()]))
+        optimizer.step()
+        if len(directions) > 1:
+            sizes.append(0.1 * torch.cat([engine.factors()[p] for p in net.parameters()]))
+    total, hint = torch.zeros(N, dtype=torch.float64), torch.zeros(N, dtype=torch.float64)
+    for t, (found, grad) in enumerate(seen):
+
+        def back(value: Tensor, t: int = t) -> Tensor:
+            return -directions[t] * value
+
+        hint = hints_from_targets(found, torch.zeros_like(found), grad, hint, alpha=1.0, next_alpha=1.0, pullback=back)
+        total = total + back(grad)
+        torch.testing.assert_close(sizes[t + 1], sizes[0] - 0.002 * (total + hint), rtol=1e-10, atol=1e-12)
+
+
+# --------------------------------------------------------------------------------------------------- what training does besides
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "NAdam", "RMSprop", "Adagrad", "maximize", "two groups"])
+def test_steps_ahead_of_other_optimizers(name: str) -> None:
+    """The pull equals that of steps which are really taken, by the same optimizer from the same state."""
+    net = Point()
+
+    def make(params: Any) -> Any:
+        params = list(params)
+        if name == "maximize":
+            return torch.optim.Adam(params, 0.01, maximize=True)
+        if name == "two groups":
+            return torch.optim.SGD(
+                [{"params": params[:1], "lr": 0.05, "momentum": 0.9}, {"params": params[1:], "weight_decay": 0.1}], 0.01
+            )
+        return getattr(torch.optim, name)(params, 0.01)
+
+    optimizer = make(net.parameters())
+    engine = OptimisticMetaGrad.attach(optimizer, Replay(net, net), mode="bootstrapped", lookahead=3, trust=None, meta_lr=1e-12)
+    pulls: list[Tensor] = []
+    original = engine.bootstrap.pull
+    engine.bootstrap.pull = lambda *args: pulls.append(torch.cat(original(*args))) or original(*args)
+    for batch in minibatches(4):
+        start = copy.deepcopy(net)
+        state = copy.deepcopy(optimizer.state_dict())
+        engine.bootstrap.record(batch)
+        optimizer.zero_grad()
+        net(batch).backward()
+        optimizer.step()
+    other = make(start.parameters())
+    other.load_state_dict(state)
+    here = torch.cat([p.detach().clone() for p in start.parameters()])
+    for _ in range(3):
+        other.zero_grad()
+        start(batch).backward()
+        other.step()
+    other.zero_grad()
+    start(batch).backward()
+    sign = -1 if name == "maximize" else 1
+    target = torch.cat([p.detach() - sign * p.grad for p in start.parameters()])
+    torch.testing.assert_close(pulls[-1], here - target, rtol=1e-9, atol=1e-11)
+    assert len(pulls) == 3
+
+
+def test_states_and_random_numbers_stay() -> None:
+    """With a rate of nearly 0 training is that of the optimizer alone: nothing of the steps ahead is left."""
+
+    def train(helped: bool) -> tuple[Tensor, Any, Tensor]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(N, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1)).double()
+        optimizer = torch.optim.Adam(net.parameters(), 0.01)
+
+        def step(batch: Any) -> Tensor:
+            return net(batch[0]).square().mean()
+
+        if helped:
+            engine = OptimisticMetaGrad.attach(
+                optimizer, Replay(net, step), mode="bootstrapped", lookahead=2, update="raw", meta_lr=1e-300
+            )
+        for batch in minibatches(10):
+            if helped:
+                engine.bootstrap.record(batch)
+            optimizer.zero_grad()
+            step(batch).backward()
+            optimizer.step()
+        if helped:
+            assert len(engine.factors()) == 6
+        return (
+            torch.cat([value.flatten().double() for value in net.state_dict().values()]),
+            optimizer.state_dict(),
+            torch.get_rng_state(),
+        )
+
+    one, other = train(helped=False), train(helped=True)
+    torch.testing.assert_close(one[0], other[0], rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(one[1]["state"], other[1]["state"], rtol=1e-12, atol=1e-13)
+    assert torch.equal(one[2], other[2])
+
+
+def test_targets_that_are_not_finite() -> None:
+    net = Point()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    engine = OptimisticMetaGrad.attach(optimizer, Replay(net, net), mode="bootstrapped", target_lr=math.inf)
+    for number, batch in enumerate(minibatches(4)):
+        engine.bootstrap.record(batch)
+        optimizer.zero_grad()
+        net(batch).backward()
+        if number == 1:
+            with pytest.warns(UserWarning, match="a target is not finite"):
+                optimizer.step()
+        else:
+            optimizer.step()
+    assert engine.skipped == 3
+    assert not engine.factors() or all(bool((w == w.flatten()[0]).all()) for w in engine.factors().values())
+    assert all(bool(torch.isfinite(p).all()) for p in net.parameters())
+
+
+def test_what_is_refused() -> None:
+    net = Point()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    with pytest.raises(ValueError, match="pass replay="):
+        OptimisticMetaGrad.attach(optimizer, mode="bootstrapped")
+    for options, message in (
+        ({"lookahead": 0}, "lookahead must be at least 1"),
+        ({"mu": "entropy"}, "mu must be 'euclidean' or 'loss'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            OptimisticMetaGrad(mode="bootstrapped", **options)
+    engine = OptimisticMetaGrad.attach(optimizer, Replay(net, net), mode="bootstrapped")
+    batch = minibatches(1)[0]
+    net(batch).backward()
+    optimizer.step()  # there is nothing to be judged yet
+    with pytest.raises(RuntimeError, match=r"engine.bootstrap.record\(batch\)"):
+        optimizer.step()
+    engine.detach()
+    free = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    other = torch.optim.SGD([*net.parameters(), free], 0.1)
+    engine = OptimisticMetaGrad.attach(other, Replay(net, net), mode="bootstrapped")
+    free.grad = torch.ones_like(free)
+    other.step()
+    engine.bootstrap.record(batch)
+    with pytest.raises(ValueError, match="register it as torch.nn.Parameter"):
+        other.step()
+
+
+def test_optimizers_that_need_a_closure_look_one_step_ahead() -> None:
+    class Needy(torch.optim.Optimizer):
+        def step(self, closure: Any) -> None:  # type: ignore[override]  # that is the point
+            for param in self.param_groups[0]["params"]:
+                param.data.sub_(param.grad, alpha=self.param_groups[0]["lr"])
+
+    for lookahead in (1, 2):
+        net = Point()
+        optimizer = Needy(net.parameters(), {"lr": 0.1})
+        engine = OptimisticMetaGrad.attach(optimizer, Replay(net, net), mode="bootstrapped", lookahead=lookahead)
+        for number, batch in enumerate(minibatches(2)):
+            engine.bootstrap.record(batch)
+            net(batch).backward()
+            if number and lookahead == 2:
+                with pytest.raises(TypeError) as caught:
+                    optimizer.step(None)
+                assert "use lookahead=1" in caught.value.__notes__[0]
+            else:
+                optimizer.step(None)
