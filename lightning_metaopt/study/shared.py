@@ -65,7 +65,6 @@ def open_storage(url: str) -> Iterator[Any]:
     try:
         yield storage
     finally:
-        storage.remove_session()
         storage.engine.dispose()
 
 
@@ -195,11 +194,11 @@ class WorkList:
                 lost = True
                 raise
             lost = True
-            return score if self.items is not None else squashed(score)
+            return squashed(score)
 
         try:
             self.study.optimize(objective, n_trials=1, catch=(_TakenError,))
-        except (UpdateFinishedTrialError, ValueError):  # what Optuna raises for a trial that somebody has ended
+        except (UpdateFinishedTrialError, ValueError, AssertionError):  # what Optuna raises for a trial that somebody has ended
             if failure is not None:
                 raise failure from None
             if not lost:

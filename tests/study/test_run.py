@@ -1,5 +1,6 @@
 import math
 import re
+import signal
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from lightning_metaopt.episode import start
 from lightning_metaopt.storage import load_rule
 from lightning_metaopt.study.components import RecipeError, StudyError, slug
 from lightning_metaopt.study.evaluation import Candidate, TaskEvaluation, stream
+from lightning_metaopt.study.progress import Progress
 from lightning_metaopt.study.provenance import made_with
 from lightning_metaopt.study.records import MethodResult
-from lightning_metaopt.study.run import _Entry
+from lightning_metaopt.study.run import Study, _Entry
+from lightning_metaopt.study.shared import open_storage
 from lightning_metaopt.study.spec import Recipe
 from lightning_metaopt.study.workers import run_recipe
 
@@ -130,6 +133,8 @@ def test_a_meta_training_that_diverges_for_good_loses_its_search_and_stops_nothi
     result = carry_out(source, tmp_path)[""]["DCOG"]
     assert [trial.score for trial in result.trials[1:]] == [math.inf, math.inf]
     assert result.chosen == {"rule.init_args.scale": 10.0}
+    assert result.at_edge == ["rule.init_args.scale"]
+    assert result.search.gradient_evaluations == result.training.gradient_evaluations > 0  # that of one trial is known
     dcog["search"] = {}
     dcog["rule"]["init_args"]["scale"] = 1e-5
     result = carry_out(source, tmp_path)[""]["DCOG"]
@@ -186,6 +191,8 @@ def test_a_method_whose_search_fails_is_given_up_at_once(source, tmp_path, monke
     made = breaking(monkeypatch, lambda rule, seed: seed == 7, ValueError("too large"))
     assert carry_out(source, tmp_path)[""]["SGD"].failed == "ValueError: too large (lr = 0.0001, seed 7)"
     assert [run for run in made if run[0] == "GradientDescent"] == [("GradientDescent", 7, "tune")]
+    monkeypatch.undo()
+    assert len(carry_out(source, tmp_path)[""]["SGD"].trials) == 3
 
 
 def test_a_study_in_which_every_method_fails(source, tmp_path, monkeypatch):
@@ -199,6 +206,34 @@ def test_what_is_no_fault_of_a_method_stops_the_study(source, tmp_path, monkeypa
     with pytest.raises(RecipeError, match="objective"):
         carry_out(source, tmp_path)
     assert len(made) == 1
+
+
+class SIGTERMError(SystemExit):
+    """As a Trainer raises when it is terminated."""
+
+
+def test_an_interruption_that_a_trainer_made_an_exit_is_one_again(source, tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a Trainer leaves it
+    try:
+        with monkeypatch.context() as patch:
+            breaking(patch, lambda rule, seed: True, SystemExit(1))
+            with pytest.raises(KeyboardInterrupt):
+                carry_out(source, tmp_path)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    breaking(monkeypatch, lambda rule, seed: True, SIGTERMError())
+    with pytest.raises(SIGTERMError):
+        carry_out(source, tmp_path)
+
+
+def test_workers_begin_at_different_places(source, tmp_path, monkeypatch):
+    made = breaking(monkeypatch, lambda rule, seed: False, None)
+    (tmp_path / "work").mkdir()
+    with open_storage(f"sqlite:///{tmp_path / 'runs.db'}") as storage:
+        study = Study(Recipe.from_source(source), storage, tmp_path)
+        study.work(Progress(study.total, quiet=True), first=1)
+    assert [run[0] for run in made] == ["DCOGradient"] * 2 + ["GradientDescent"] * 5
 
 
 def test_a_study_that_goes_on_with_other_versions_says_so(source, tmp_path, monkeypatch, capsys):

@@ -1,33 +1,16 @@
 import multiprocessing
 import os
-import signal
-import time
-from contextlib import ExitStack
+from pathlib import Path
 
+import optuna
 import pytest
+import sqlalchemy
+from work_items import ITEMS, double
 
 from lightning_metaopt.study import shared
 from lightning_metaopt.study.components import RecipeError
 from lightning_metaopt.study.search import Space
 from lightning_metaopt.study.shared import WorkList, open_storage, squashed
-
-ITEMS = {number: {"x": number} for number in range(4)}
-
-
-@pytest.fixture
-def url(tmp_path):
-    return f"sqlite:///{tmp_path / 'runs.db'}"
-
-
-@pytest.fixture
-def work_list(url):
-    """Makes lists, each with a connection of its own."""
-    with ExitStack() as stack:
-        yield lambda *args, **options: WorkList(stack.enter_context(open_storage(url)), *args, **options)
-
-
-def double(item):
-    return float(item["x"]), {"twice": 2 * item["x"]}
 
 
 def test_every_item_is_done_once_and_kept(work_list):
@@ -89,52 +72,6 @@ def test_a_search_that_learns_keeps_the_scores_as_they_are(work_list):
     assert squashed(0.5) < squashed(2.0) < squashed(1e30) < 11
 
 
-def run_until_killed(url, begun):
-    """A child that begins item after item and never finishes one."""
-    child = os.fork()
-    if child == 0:
-        with open_storage(url) as storage:
-            items = WorkList(storage, "list", 4, ITEMS)
-            items.advance(lambda item: (begun.write_text("x"), time.sleep(60), double(item))[-1])
-        os._exit(0)
-    while not begun.exists():
-        time.sleep(0.01)
-    return child
-
-
-def test_what_a_killed_worker_had_begun_is_done_again_at_once(url, work_list, tmp_path):
-    child = run_until_killed(url, tmp_path / "begun")
-    other = work_list("list", 4, ITEMS)
-    done = []
-    while other.advance(lambda item: done.append(item["x"]) or double(item)):
-        pass
-    assert done == [1, 2, 3]  # item 0 is at work
-    assert not other.finished
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    assert other.advance(double)
-    assert other.finished
-
-
-def test_a_worker_of_another_machine_is_given_up_without_a_sign_of_life(url, work_list, tmp_path, monkeypatch):
-    monkeypatch.setattr(shared, "HEARTBEAT", 1)
-    monkeypatch.setattr(shared, "GRACE", 2)
-    monkeypatch.setattr(shared, "_machine", lambda: "elsewhere")
-    child = run_until_killed(url, tmp_path / "begun")
-    monkeypatch.setattr(shared, "_machine", lambda: "here")
-    other = work_list("list", 4, ITEMS)
-    while other.advance(double):
-        pass
-    time.sleep(3)
-    assert not other.advance(double)  # it lives, although it is slow
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    assert not other.advance(double)
-    time.sleep(3.5)
-    assert other.advance(double)
-    assert other.finished
-
-
 def test_an_item_that_two_queue_at_one_moment_is_done_by_one(work_list):
     first, second = (work_list("list", 1, {0: {"x": 0}}) for _ in range(2))
     for items in (first, second):
@@ -147,8 +84,50 @@ def test_an_item_that_two_queue_at_one_moment_is_done_by_one(work_list):
         return double(item)
 
     first.advance(do)
+    assert len(done) == 1  # by the one that was queued first
     first.advance(do)
     assert len(done) == 1
+
+
+def test_an_item_that_another_takes_as_soon_as_it_is_queued_is_left_to_it(work_list, monkeypatch):
+    first, second = (work_list("list", 1, {0: {"x": 0}}) for _ in range(2))
+    enqueue = first.study.enqueue_trial
+
+    def queued_and_taken(params, user_attrs):
+        enqueue(params, user_attrs=user_attrs)
+        assert second.advance(double)
+
+    monkeypatch.setattr(first.study, "enqueue_trial", queued_and_taken)
+    first.advance(lambda item: pytest.fail("done twice"))
+    assert first.finished
+
+
+def test_what_was_done_twice_keeps_its_first_result(work_list):
+    items = work_list("list", 1, {0: {"x": 0}})
+    for score in ("1.0", "2.0"):
+        attributes = {"number": 0, "item": {"x": 0}, "record": {"score": score}}
+        items.study.add_trial(optuna.trial.create_trial(value=0.0, user_attrs=attributes))
+    assert items.records()[0]["score"] == 1.0
+
+
+def test_what_is_known_is_not_asked_for_again(work_list, monkeypatch):
+    items = work_list("list", 1, {0: {"x": 0}})
+    assert items.advance(double)
+    assert items.finished
+    monkeypatch.setattr(items.study, "get_trials", lambda **options: pytest.fail("asked again"))
+    assert items.finished
+    assert not items.advance(double)
+    assert items.records()[0]["twice"] == 0
+    assert items._free_abandoned([]) == []  # nobody is at work
+
+
+def test_a_search_that_learns_queues_one_trial_at_a_time(work_list):
+    items = work_list("list", 3, space=Space.parse({"x": {"low": 0.0, "high": 1.0}}, ""), sampler="tpe", seed=1)
+    items.study.enqueue_trial({}, user_attrs={"number": 0})  # by a worker that was killed then
+    items.advance(lambda item: (item["x"] * 1e30, {}))
+    (trial,) = items.study.get_trials()
+    assert trial.state == items.states.COMPLETE
+    assert trial.value == squashed(items.records()[0]["score"])
 
 
 def test_a_storage_that_cannot_be_opened_is_named(tmp_path):
@@ -157,33 +136,38 @@ def test_a_storage_that_cannot_be_opened_is_named(tmp_path):
             pass
 
 
-def test_what_was_given_up_while_it_was_at_work_is_done_again_and_stops_nobody(work_list):
-    items, other = (work_list("list", 1, {0: {"x": 0}}) for _ in range(2))
-    done = []
+def test_an_error_of_the_storage_is_raised(work_list, monkeypatch):
+    items = work_list("list", 1, {0: {"x": 0}})
 
-    def do(item):
-        done.append(item)
-        if len(done) == 1:  # asleep for longer than others wait
-            trial = other.study.get_trials(deepcopy=False)[0]
-            other.study.tell(trial.number, state=other.states.FAIL)
-        return double(item)
-
-    assert items.advance(do)
-    assert not items.finished
-    assert items.advance(do)
-    assert items.finished
-    assert len(done) == 2
-
-
-def test_an_error_in_a_run_that_was_given_up_is_still_raised(work_list):
-    items, other = (work_list("list", 1, {0: {"x": 0}}) for _ in range(2))
-
-    def do(item):
-        other.study.tell(0, state=other.states.FAIL)
+    def optimize(*args, **options):
         raise ValueError("a bug")
 
+    monkeypatch.setattr(items.study, "optimize", optimize)
     with pytest.raises(ValueError, match="a bug"):
-        items.advance(do)
+        items.advance(double)
+
+
+def test_a_storage_that_others_never_finish_making_is_named(monkeypatch):
+    def clash(*args, **options):
+        raise sqlalchemy.exc.OperationalError("", {}, Exception("table studies already exists"))
+
+    monkeypatch.setattr(optuna.storages, "RDBStorage", clash)
+    monkeypatch.setattr(shared, "ATTEMPTS", 2)
+    with pytest.raises(RecipeError, match="cannot open the storage sqlite://: .*already exists"), open_storage("sqlite://"):
+        pass
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks for open files in /proc")
+def test_a_storage_is_closed_behind_its_block(url, tmp_path):
+    def opened():
+        links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+        return [link for link in links if os.path.realpath(link) == os.path.realpath(tmp_path / "runs.db")]
+
+    with open_storage(url) as storage:
+        items = WorkList(storage, "list", 1, {0: {"x": 0}})
+        items.advance(double)
+        assert opened()
+    assert not opened()
 
 
 def test_a_learning_search_has_no_trial_too_many_and_none_twice(work_list):
@@ -204,23 +188,6 @@ def test_a_learning_search_has_no_trial_too_many_and_none_twice(work_list):
         pass
     assert len(done) == len(set(done)) == 2
     assert [record["item"]["x"] for record in first.records().values()] == done
-
-
-def test_a_search_that_learns_takes_up_a_killed_trial_with_its_number(work_list):
-    space = Space.parse({"x": {"low": 0.0, "high": 1.0}}, "")
-    whole, broken = (work_list(name, 3, space=space, sampler="tpe", seed=1) for name in "ab")
-    while whole.advance(lambda item: (item["x"], {})):
-        pass
-
-    def stop(item):
-        raise KeyboardInterrupt
-
-    broken.advance(lambda item: (item["x"], {}))
-    with pytest.raises(KeyboardInterrupt):
-        broken.advance(stop)
-    while broken.advance(lambda item: (item["x"], {})):
-        pass
-    assert broken.records() == whole.records()
 
 
 def test_options_in_another_order_leave_out_none_of_a_grid(work_list, monkeypatch):

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import optuna
 import pytest
+import sqlalchemy
 import torch
 import yaml
 from tiny_recipe import carry_out, figures
 
 from lightning_metaopt.study.components import RecipeError, StudyError
-from lightning_metaopt.study.shared import open_storage
+from lightning_metaopt.study.shared import WorkList, open_storage
 from lightning_metaopt.study.spec import Recipe
 from lightning_metaopt.study.workers import prepare_folder, run_recipe
 
@@ -246,6 +247,18 @@ def postgresql():
         yield f"postgresql://study@/postgres?host={data}"
         process.terminate()
         process.wait()
+
+
+def test_a_postgresql_server_may_start_again_and_a_missing_database_is_told_at_once(postgresql, monkeypatch):
+    with open_storage(postgresql) as storage, open_storage(postgresql) as other:
+        work = WorkList(storage, "list", 1, {0: {}})
+        with other.engine.begin() as connection:
+            ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND usename = 'study'"
+            connection.execute(sqlalchemy.text(ended))
+        assert work.advance(lambda item: (0.0, {}))
+    monkeypatch.setattr("lightning_metaopt.study.shared.time.sleep", lambda seconds: pytest.fail("tried again"))
+    with pytest.raises(RecipeError, match="does not exist"), open_storage(postgresql.replace("/postgres?", "/nothere?")):
+        pass
 
 
 def test_workers_share_a_postgresql_server(source, tmp_path, postgresql):
