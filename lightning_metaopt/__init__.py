@@ -3,7 +3,7 @@
 from lightning_metaopt import baselines, episode, metagrads, objectives, rules, tasks
 from lightning_metaopt.callbacks import EvaluationWeights, HypergradientDescent, OptimisticMetaGrad, SwapOptimizer
 from lightning_metaopt.loop import MetaLearner, MetaLoop
-from lightning_metaopt.metagrads import Estimate, ForwardMode, MetaGradient, Unrolled, ZerothOrder
+from lightning_metaopt.metagrads import Counterfactual, Estimate, ForwardMode, MetaGradient, Unrolled, ZerothOrder
 from lightning_metaopt.online import OptimisticFTRL
 from lightning_metaopt.optimizer import LearnedOptimizer
 from lightning_metaopt.rule import Rule
@@ -11,6 +11,7 @@ from lightning_metaopt.storage import load_rule, save_rule
 from lightning_metaopt.task import Task, TaskFamily
 
 __all__ = [
+    "Counterfactual",
     "Estimate",
     "EvaluationWeights",
     "ForwardMode",

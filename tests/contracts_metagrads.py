@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 
 from contracts import NETS
-from oracles import Reference, of_statistics, of_the_objective, of_windows, with_recorded_gradients
+from oracles import Reference, of_rollouts, of_statistics, of_the_objective, of_windows, with_recorded_gradients
 
 import lightning_metaopt as lmo
 from lightning_metaopt import metagrads, rules
 from lightning_metaopt.rule import Rule
 
+PERTURBED = partial(rules.GradientPerturbation, history=2, lr=0.1, decay=0.01)
 HEAVY_BALL = partial(rules.HeavyBall, lr=0.05, momentum=0.7)
 
 
@@ -74,5 +75,14 @@ METAGRADS = [
         begin=0,
         rule=partial(rules.ARUBA, NETS.shapes, lr=0.05, zeta=2.0, power=0.5),
         of_objective=False,
+    ),
+    MetaGradRow("Counterfactual", lambda steps: metagrads.Counterfactual(3), of_rollouts(3), steps=1, begin=6, rule=PERTURBED),
+    MetaGradRow(
+        "Counterfactual, diagonal",
+        lambda steps: metagrads.Counterfactual(1),
+        of_rollouts(1),
+        steps=1,
+        begin=3,
+        rule=partial(rules.GradientPerturbation, 2, 0.1, 0.0, "diagonal", NETS.shapes),
     ),
 ]

@@ -105,6 +105,42 @@ def of_statistics(rule: Rule, episode: Episode, objective: Objective, steps: int
     return tree_map(torch.neg, added)
 
 
+def of_rollouts(rollout: int) -> Reference:
+    """Finite differences of a hand-written rollout that starts ``rollout`` steps ago (gradient perturbation control)."""
+
+    def reference(rule, episode, objective, steps):
+        met, past = [], [Episode(episode.task, episode.origin, {"seen": torch.zeros(episode.size, 1)}, rule.init(episode.origin))]
+        for _ in range(episode.step + steps):
+            met.append(_gradients(past[-1], past[-1].params))
+            past.append(unroll(rule, past[-1], 1)[0])
+        begin = past[-1 - rollout]
+
+        def run(phi):
+            params, losses = begin.params, []
+            for number in range(begin.step, begin.step + rollout):
+                now = replace(begin, step=number)
+                losses.append(begin.task.loss(params, tree_map(Tensor.clone, begin.buffers), begin.task.batch(number)))
+                slopes, moved = _gradients(now, params), {}
+                for name, leaf in params.items():
+                    moved[name] = (1 - rule.decay) * leaf - rule.lr * slopes[name]
+                    for lag in range(rule.history):
+                        own = phi[f"coefficients.{escape(name)}"] if rule.kind == "diagonal" else phi["coefficients"]
+                        moved[name] = moved[name] - own[lag] * met[number - lag][name]
+                params = moved
+            end = replace(begin, params=params, step=begin.step + rollout)
+            return under(rule, phi, lambda bound: objective(bound, begin, end, torch.stack(losses))).mean().detach()
+
+        return finite_differences(run, values_of(rule))
+
+    return reference
+
+
+def _gradients(episode: Episode, params: dict[str, Tensor]) -> dict[str, Tensor]:
+    leaf = tree_map(lambda value: value.detach().requires_grad_(), params)
+    loss = episode.task.loss(leaf, tree_map(Tensor.clone, episode.buffers), episode.task.batch(episode.step))
+    return dict(zip(leaf, torch.autograd.grad(loss.sum(), list(leaf.values())), strict=True))
+
+
 def with_recorded_gradients(rule: Rule, episode: Episode, objective: Objective, steps: int) -> dict[str, Tensor]:
     """Finite differences of a hand-written loop in which the inner gradients of the unperturbed run are constants."""
     recorded, current = [], episode

@@ -1,9 +1,10 @@
 """Ways of differentiating an unrolled episode; one estimator a file."""
 
 from lightning_metaopt.metagrads.base import Estimate, MetaGradient, surrogate_loss
+from lightning_metaopt.metagrads.counterfactual import Counterfactual
 from lightning_metaopt.metagrads.forward import ForwardMode
 from lightning_metaopt.metagrads.statistics import Statistics
 from lightning_metaopt.metagrads.unrolled import Unrolled
 from lightning_metaopt.metagrads.zeroth import ZerothOrder
 
-__all__ = ["Estimate", "ForwardMode", "MetaGradient", "Statistics", "Unrolled", "ZerothOrder", "surrogate_loss"]
+__all__ = ["Counterfactual", "Estimate", "ForwardMode", "MetaGradient", "Statistics", "Unrolled", "ZerothOrder", "surrogate_loss"]

@@ -4,6 +4,7 @@ from lightning_metaopt.rules.adagrad import AdaGrad, MetaAdaGrad
 from lightning_metaopt.rules.aruba import ARUBA
 from lightning_metaopt.rules.baselines import Adam, GradientDescent, HeavyBall, RMSprop
 from lightning_metaopt.rules.constraints import Box, Constraint, L1Ball, NonNegative, ProximalL1, Simplex, TrustRegion
+from lightning_metaopt.rules.control import GradientPerturbation
 from lightning_metaopt.rules.convex import DCOGeneralDescent, DCOGradient, DCOMomentum
 from lightning_metaopt.rules.meta_curvature import MetaCurvature
 from lightning_metaopt.rules.meta_sgd import MetaSGD
@@ -24,6 +25,7 @@ __all__ = [
     "DCOMomentum",
     "ElementwiseScale",
     "GradientDescent",
+    "GradientPerturbation",
     "HeavyBall",
     "L1Ball",
     "MetaAdaGrad",
