@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -18,6 +19,8 @@ from torch import Tensor
 __all__ = ["Additive", "Hint", "Logarithmic", "Multiplicative", "StepSizeUpdate"]
 
 Slots = dict[str, Tensor]
+
+_ROOT_OF_LARGEST = {dtype: 0.1 * math.sqrt(torch.finfo(dtype).max) for dtype in (torch.float32, torch.float64)}
 
 
 @final
@@ -49,27 +52,31 @@ class Hint:
         if self.fade is not None and not self.fade > 0:
             raise ValueError(f"fade must be positive or None, got {self.fade}")
 
-    def add_(self, meta: Tensor, current: Tensor | None, slots: Slots, momentum: bool, count: int) -> Tensor:
-        """``meta`` (:math:`g_t P_{t-1}`, changed in place) with the hint; the new hint goes into ``slots``.
+    def corrects(self, momentum: bool) -> bool:
+        """Whether the last hint is taken off again, for a base optimizer with or without momentum."""
+        return momentum if self.corrected is None else self.corrected
+
+    def strength(self, count: int) -> float:
+        """The scale in the ``count``-th meta-step, from 1."""
+        return self.scale if self.fade is None else self.scale / (1 + count / self.fade)
+
+    def add_(self, meta: Tensor, current: tuple[Tensor, Tensor] | None, last: Tensor | None, strength: float | Tensor) -> Tensor:
+        """``meta`` (:math:`g_t P_{t-1}`, changed in place) with the hint.
 
         Args:
             meta: the meta-gradient with its sign turned.
-            current: :math:`g_t P_t`, for ``of="current"``.
-            slots: where the hint is kept for its correction.
-            momentum: whether the base optimizer averages over steps.
-            count: the number of this meta-step, from 1.
+            current: two tensors whose product is :math:`g_t P_t`, for ``of="current"``.
+            last: where the last hint is kept, zero at first, and the new one afterwards; ``None`` without correction.
+            strength: see :meth:`strength`; in compiled code a tensor without dimensions.
         """
-        source = meta if self.of == "previous" else current
-        assert source is not None
-        scale = self.scale if self.fade is None else self.scale / (1 + count / self.fade)
-        if not (momentum if self.corrected is None else self.corrected):
-            slots.pop("hint", None)
-            return meta.add_(source, alpha=scale)
-        hint = source * scale
-        meta.add_(hint)
-        if "hint" in slots:
-            meta.sub_(slots["hint"])
-        slots["hint"] = hint
+        source, factor = (meta, None) if current is None else current
+        if last is None and factor is not None and not isinstance(strength, Tensor):
+            return meta.addcmul_(source, factor, value=strength)
+        hint = source * strength if factor is None else (source * factor).mul_(strength)
+        if last is None:
+            return meta.add_(hint)
+        meta.add_(hint).sub_(last)
+        last.copy_(hint)
         return meta
 
 
@@ -93,13 +100,27 @@ class StepSizeUpdate(ABC):
             first: that of the first tensor that has the same factor.
         """
 
-    @abstractmethod
-    def advance_(self, slots: Slots, increase: Tensor, count: int) -> None:
-        """One meta-step, the ``count``-th, in place."""
+    def scales(self, count: int) -> tuple[float, ...]:
+        """Numbers that the ``count``-th meta-step needs; by default none."""
+        return ()
 
     @abstractmethod
-    def shorten_(self, slots: Slots, factor: float) -> None:
-        """Multiply the factors, in place, after a step that was too long."""
+    def advance_(self, slots: Slots, increase: Tensor, scales: Sequence[float | Tensor]) -> None:
+        """One meta-step, in place.
+
+        Args:
+            slots: state of the factors.
+            increase: :math:`D_t`; it may be changed.
+            scales: what :meth:`scales` gave, as numbers or, in compiled code, as tensors without dimensions.
+        """
+
+    def shift(self, factor: float) -> float:
+        """What :meth:`shorten_` wants for a factor; by default the factor."""
+        return factor
+
+    @abstractmethod
+    def shorten_(self, slots: Slots, shift: float | Tensor) -> None:
+        """Multiply the factors, in place, after a step that was too long; see :meth:`shift`."""
 
     @abstractmethod
     def factor(self, slots: Slots) -> Tensor:
@@ -118,7 +139,7 @@ class Additive(StepSizeUpdate):
 
     >>> rule, one = Additive(rate=0.1), torch.ones(2)
     >>> slots = rule.start(one)
-    >>> rule.advance_(slots, torch.tensor([2.0, -30.0]) * rule.weight(lr=0.5, first=0.5), count=1)
+    >>> rule.advance_(slots, torch.tensor([2.0, -30.0]) * rule.weight(lr=0.5, first=0.5), rule.scales(1))
     >>> rule.factor(slots)
     tensor([1.4000, 0.0000])
     """
@@ -136,15 +157,15 @@ class Additive(StepSizeUpdate):
         """See :class:`StepSizeUpdate`."""
         return lr / first**2  # the gradient to a common factor, in units of the first learning rate
 
-    def advance_(self, slots: Slots, increase: Tensor, count: int) -> None:
+    def advance_(self, slots: Slots, increase: Tensor, scales: Sequence[float | Tensor]) -> None:
         """See :class:`StepSizeUpdate`."""
         slots["factor"].add_(increase, alpha=self.rate)
         if self.nonnegative:
             slots["factor"].clamp_(min=0)
 
-    def shorten_(self, slots: Slots, factor: float) -> None:
+    def shorten_(self, slots: Slots, shift: float | Tensor) -> None:
         """See :class:`StepSizeUpdate`."""
-        slots["factor"].mul_(factor)
+        slots["factor"].mul_(shift)
 
     def factor(self, slots: Slots) -> Tensor:
         """See :class:`StepSizeUpdate`."""
@@ -161,7 +182,7 @@ class Multiplicative(StepSizeUpdate):
 
     >>> rule = Multiplicative(rate=0.1)
     >>> slots = rule.start(torch.ones(()))
-    >>> rule.advance_(slots, torch.tensor(0.5), count=1)
+    >>> rule.advance_(slots, torch.tensor(0.5), rule.scales(1))
     >>> rule.factor(slots)
     tensor(1.0500)
     """
@@ -181,13 +202,13 @@ class Multiplicative(StepSizeUpdate):
         """See :class:`StepSizeUpdate`."""
         return lr / first
 
-    def advance_(self, slots: Slots, increase: Tensor, count: int) -> None:
+    def advance_(self, slots: Slots, increase: Tensor, scales: Sequence[float | Tensor]) -> None:
         """See :class:`StepSizeUpdate`."""
         slots["factor"].mul_(1 + self.rate * increase)
 
-    def shorten_(self, slots: Slots, factor: float) -> None:
+    def shorten_(self, slots: Slots, shift: float | Tensor) -> None:
         """See :class:`StepSizeUpdate`."""
-        slots["factor"].mul_(factor)
+        slots["factor"].mul_(shift)
 
     def factor(self, slots: Slots) -> Tensor:
         """See :class:`StepSizeUpdate`."""
@@ -209,7 +230,7 @@ class Logarithmic(StepSizeUpdate):
 
     >>> rule = Logarithmic(rate=0.1)
     >>> slots = rule.start(torch.ones(2))
-    >>> rule.advance_(slots, torch.tensor([2.0, -30.0]), count=1)
+    >>> rule.advance_(slots, torch.tensor([2.0, -30.0]), rule.scales(1))
     >>> slots["log"]
     tensor([ 0.1000, -0.1000])
     """
@@ -231,23 +252,32 @@ class Logarithmic(StepSizeUpdate):
         """See :class:`StepSizeUpdate`."""
         return {"log": torch.zeros_like(like), "mean": torch.zeros_like(like), "square": torch.zeros_like(like)}
 
+    def scales(self, count: int) -> tuple[float, ...]:
+        """What the root of ``square`` is multiplied by, and what is added, so that ``mean`` divided by it is the change."""
+        rate = self.rate if self.fade is None else self.rate / (1 + count / self.fade)
+        first = (1 - self.betas[0] ** count) / rate
+        return first / math.sqrt(1 - self.betas[1] ** count), 1e-20 * first
+
     def weight(self, lr: float, first: float) -> float:
         """See :class:`StepSizeUpdate`."""
         return lr / first
 
-    def advance_(self, slots: Slots, increase: Tensor, count: int) -> None:
+    def advance_(self, slots: Slots, increase: Tensor, scales: Sequence[float | Tensor]) -> None:
         """See :class:`StepSizeUpdate`."""
         (beta1, beta2), mean, square = self.betas, slots["mean"], slots["square"]
+        increase.clamp_(-_ROOT_OF_LARGEST[increase.dtype], _ROOT_OF_LARGEST[increase.dtype])  # else its square may overflow
         mean.lerp_(increase, 1 - beta1)
         square.mul_(beta2).addcmul_(increase, increase, value=1 - beta2)
-        root = (square / (1 - beta2**count)).sqrt_().add_(1e-20)
-        rate = self.rate if self.fade is None else self.rate / (1 + count / self.fade)
-        slots["log"].addcdiv_(mean, root, value=rate / (1 - beta1**count))
+        slots["log"].addcdiv_(mean, square.sqrt().mul_(scales[0]).add_(scales[1]))
         self._clamp(slots)
 
-    def shorten_(self, slots: Slots, factor: float) -> None:
+    def shift(self, factor: float) -> float:
+        """Its logarithm."""
+        return math.log(max(factor, 1 / self.limit))
+
+    def shorten_(self, slots: Slots, shift: float | Tensor) -> None:
         """See :class:`StepSizeUpdate`."""
-        slots["log"].add_(math.log(max(factor, 1 / self.limit)))
+        slots["log"].add_(shift)
         self._clamp(slots)
 
     def _clamp(self, slots: Slots) -> None:

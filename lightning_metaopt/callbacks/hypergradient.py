@@ -8,6 +8,7 @@ from typing import Any, Literal, final
 from torch.optim import Optimizer
 
 from lightning_metaopt.callbacks.drawing import DrawnStepCallback
+from lightning_metaopt.callbacks.fused import Compile
 from lightning_metaopt.callbacks.step_sizes import StepSizes
 from lightning_metaopt.metastep import Additive, Multiplicative, StepSizeUpdate
 
@@ -35,6 +36,7 @@ class HypergradientDescent(DrawnStepCallback):
         log: log the factor :math:`\\alpha / \\mathrm{lr}`, and the cosine of gradient and last direction.
         form: ``"additive"`` or ``"multiplicative"``.
         draw: file for a picture of what was logged, see :class:`~lightning_metaopt.callbacks.drawing.DrawnStepCallback`.
+        compile: as in :class:`~lightning_metaopt.callbacks.optimistic.OptimisticMetaGrad`.
 
     Raises:
         ValueError: for a ``meta_lr`` out of range; for others see :class:`~lightning_metaopt.callbacks.hooks.StepCallback`.
@@ -61,14 +63,16 @@ class HypergradientDescent(DrawnStepCallback):
         log: bool = True,
         form: Literal["additive", "multiplicative"] = "additive",
         draw: str | os.PathLike[str] | None = None,
+        compile: Compile = "auto",
     ) -> None:
         super().__init__(optimizer_index, log, draw)
         if form not in ("additive", "multiplicative"):
             raise ValueError(f"form must be 'additive' or 'multiplicative', got {form!r}")
+        self.compile: Compile = compile
         self.update: StepSizeUpdate = Additive(meta_lr, nonnegative) if form == "additive" else Multiplicative(meta_lr)
 
     def engine(self, optimizer: Optimizer) -> StepSizes:
-        return StepSizes(optimizer, self.update, "optimizer")
+        return StepSizes(optimizer, self.update, "optimizer", compile=self.compile)
 
     @classmethod
     def attach(cls, optimizer: Optimizer, **options: Any) -> StepSizes:

@@ -12,7 +12,10 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_metaopt.callbacks.bootstrapped import Bootstrap
+from lightning_metaopt.callbacks.fused import Compile, Passes, length, numbers, squares
 from lightning_metaopt.callbacks.hooks import Move, StepEngine
+from lightning_metaopt.callbacks.parts import Part, Parts, copied
+from lightning_metaopt.callbacks.pieces import Factors, Piece, precise
 from lightning_metaopt.metastep import Hint, StepSizeUpdate
 from lightning_metaopt.recording import Moment
 
@@ -35,6 +38,7 @@ class StepSizes(StepEngine):
         trust: longest step, as a fraction of the norm of all parameters that take part; a longer one is shortened by ``c < 1``,
             and the factors by :math:`\\sqrt c`. ``None`` for no limit.
         bootstrap: what takes the place of gradients in meta-gradients.
+        compile: whether ``torch.compile`` makes the passes over memory, see :class:`~lightning_metaopt.callbacks.fused.Passes`.
     """
 
     def __init__(
@@ -45,137 +49,177 @@ class StepSizes(StepEngine):
         hint: Hint | None = None,
         trust: float | None = None,
         bootstrap: Bootstrap | None = None,
+        compile: Compile = "auto",
     ) -> None:
         super().__init__(optimizer)
         self.update, self.scope, self.hint, self.trust, self.bootstrap = update, scope, hint, trust, bootstrap
         self.clipped = 0
         self.skipped = 0
         self.cosine: float | None = None
-        self._records: dict[Tensor, dict[str, Any]] = {}  # "past": the last direction; "slots", "count" of the factor
-        self._shared: dict[str, Any] = {}  # the factor of scope "optimizer"
-        self._waiting: dict[int, dict[str, Any]] = {}  # loaded, for parameters that are lazy or not there yet
+        self._passes = Passes(update, hint, compile, sum(0 if is_lazy(param) else param.numel() for param in self.params()))
+        self._parts = Parts(scope)
+        self._shared = Factors()  # of scope "optimizer"
         self._logged = (0, 0)  # steps and clipped steps when last logged
         self._warned = False
 
     def adjust(self, moves: list[Move]) -> None:
         """One meta-step, and the base optimizer's step with the new factors."""
-        records = [self._record(move.param) for move in moves]
         moments = [] if self.bootstrap is None else self.bootstrap.take()
+        parts = self._parts.arrange(moves, self.optimizer.param_groups, self._old)
         if self.update.rate == 0 and self.trust is None:
             return
-        # The direction of the base optimizer; there is none where a schedule has set the learning rate to 0.
-        directions = [_precise(move.old).sub(move.param).div_(move.lr) if move.lr else torch.zeros_like(move.old) for move in moves]
-        grads = [_precise(move.grad) for move in moves]
-        finite = bool(torch.isfinite(torch.stack([*_norms(directions), *_norms(grads)])).all())
-        if finite:
-            if self.watched:
-                self._measure(grads, records)
-            pulls = self._pulls(moves, records, directions, grads, moments)
-            if pulls is not None:
-                self._learn(moves, records, directions, pulls)
-        else:
-            self._skip()
-        for move, record, direction in zip(moves, records, directions, strict=True):
-            record.pop("past", None)
-            if finite and move.lr:
-                record["past"] = direction
-            else:
-                record.get("slots", {}).pop("hint", None)
-        self._apply(moves, records, directions, finite)
-
-    def _pulls(
-        self, moves: list[Move], records: list[dict[str, Any]], directions: list[Tensor], grads: list[Tensor], moments: list[Moment]
-    ) -> list[Tensor] | None:
-        # What takes the place of gradients in meta-gradients; None where there is nothing to be learned.
-        if self.bootstrap is None or self.update.rate == 0 or not any("past" in record for record in records):
-            return grads if self.update.rate else None
-        found = self.bootstrap.pull(self.optimizer, moves, directions, self._factors(records), grads, moments, self._shorten)
-        self.skipped += found is None
-        return found
-
-    def _learn(self, moves: list[Move], records: list[dict[str, Any]], directions: list[Tensor], grads: list[Tensor]) -> None:
-        whole: dict[str, Tensor] = {}  # sums over tensors, for one factor in all
-        lengths: list[Tensor] = []  # of gradients and last directions
-        first = next((move.base_lr for move in moves if move.base_lr), 1.0)
-        for move, record, direction, grad in zip(moves, records, directions, grads, strict=True):
-            if "past" not in record or not move.lr:
-                continue
-            own = move.base_lr or move.lr
-            weight = self.update.weight(own, first if self.scope == "optimizer" else own)
-            meta = self._product(grad, record["past"], weight)
-            current = self._product(grad, direction, weight) if self.hint is not None and self.hint.of == "current" else None
-            if self.scope == "optimizer":
-                for key, value in (("meta", meta), ("current", current)):
-                    if value is not None:
-                        whole[key] = whole[key] + value.to(whole[key]) if key in whole else value
-                if self.update.relative:
-                    lengths.append(torch.stack(_norms([grad, record["past"] * weight])).to(whole["meta"]))
-            else:
-                self._advance(record, meta, current, move.momentum)
-        if lengths:
-            size, last = torch.linalg.vector_norm(torch.stack(lengths), dim=0)
-            whole["meta"] = (whole["meta"] / size / last).nan_to_num_(0.0).clamp_(-1, 1)  # no change where one of them is zero
-        if whole:
-            self._advance(self._shared, whole["meta"], whole.get("current"), any(move.momentum for move in moves))
-
-    def _product(self, left: Tensor, right: Tensor, weight: float) -> Tensor:
-        product = left * right if self.scope == "element" else (left * right).sum()
-        return product if weight == 1 else product.mul_(weight)
-
-    def _advance(self, holder: dict[str, Any], meta: Tensor, current: Tensor | None, momentum: bool) -> None:
-        slots = self._slots(holder, meta)
-        holder["count"] = holder.get("count", 0) + 1
-        increase = meta if self.hint is None else self.hint.add_(meta, current, slots, momentum, holder["count"])
-        self.update.advance_(slots, increase, holder["count"])
-
-    def _slots(self, holder: dict[str, Any], like: Tensor) -> dict[str, Tensor]:
-        slots: dict[str, Tensor] = holder.setdefault("slots", {})
-        if not slots.keys() - {"hint"}:
-            slots.update(self.update.start(like))
-        return slots
-
-    def _holder(self, record: dict[str, Any]) -> dict[str, Any]:
-        return self._shared if self.scope == "optimizer" else record
-
-    def _factors(self, records: list[dict[str, Any]]) -> list[Tensor | None]:
-        holders = map(self._holder, records)
-        return [self.update.factor(holder["slots"]) if holder.get("slots") else None for holder in holders]
-
-    def _apply(self, moves: list[Move], records: list[dict[str, Any]], directions: list[Tensor], finite: bool) -> None:
-        if not finite:  # 0 times a bad number would be bad too: what the base optimizer did stays
+        lengths = None
+        if (self.scope != "element" and self.bootstrap is None) or self._finite(parts):
+            learn = self.update.rate > 0 and self._pull(parts, moments)
+            lengths = self._by_element(parts, learn) if self.scope == "element" else self._in_common(parts, learn)
+        if lengths is None:  # what the base optimizer did stays
+            self._skip(parts)
             return
-        factors = self._factors(records)
-        shorten = 1.0
-        changes = [
-            direction * -move.lr if factor is None else (direction * factor.to(direction)).mul_(-move.lr)
-            for move, direction, factor in zip(moves, directions, factors, strict=True)
-        ]
-        if self.trust is not None:
-            shorten = self._shorten([move.old for move in moves], changes)
-            if shorten < 1:
-                self.clipped += 1
-                holders = {id(holder): holder for holder in map(self._holder, records)}
-                for holder, direction in zip(holders.values(), directions, strict=False):
-                    like = direction if self.scope == "element" else direction.new_ones(())
-                    self.update.shorten_(self._slots(holder, like), math.sqrt(shorten))
-        for move, change, factor in zip(moves, changes, factors, strict=True):
-            # Where every factor is 1, the base optimizer's own result stays, to the last bit.
-            if move.lr and (factor is not None or shorten < 1):
-                move.param.copy_(_precise(move.old).add(change, alpha=shorten) if shorten else move.old)
+        shorten = self._shorten(*lengths, sum(move.param.numel() for move in moves))
+        if shorten < 1:
+            self.clipped += 1
+            for part in parts:
+                self._begin(self._holder(part.piece), part)
+        if self.scope != "element":
+            self._move(parts, shorten)
+        elif shorten < 1:
+            for part in parts:
+                self._passes.clip(part, shorten)
 
-    def _shorten(self, points: list[Tensor], changes: list[Tensor]) -> float:
+    def _finite(self, parts: list[Part]) -> bool:
+        if not all(math.isfinite(value) for row in numbers([self._passes.check(part) for part in parts]) for value in row):
+            return False
+        if self.watched:
+            self._measure(numbers([self._passes.angle(part) for part in parts if part.piece.past is not None]))
+        return True
+
+    def _pull(self, parts: list[Part], moments: list[Moment]) -> bool:
+        """Put what the target says in the place of the gradients; whether there is something to learn from."""
+        if self.bootstrap is None or all(part.piece.past is None for part in parts):
+            return True
+        moves = [move for part in parts for move in part.moves]
+        grads = [precise(move.grad) for move in moves]
+        directions = [
+            (precise(move.old) - precise(move.param.detach())) / move.lr if move.lr else torch.zeros_like(grad)
+            for move, grad in zip(moves, grads, strict=True)
+        ]
+        known = self.factors()
+        factors = [known.get(move.param) for move in moves]
+        pulls = self.bootstrap.pull(self.optimizer, moves, directions, factors, grads, moments, self._share)
+        self.skipped += pulls is None
+        for part in parts if pulls is not None else []:
+            assert pulls is not None
+            part.grad = part.piece.row([pulls.pop(0) for _ in part.moves])
+        return pulls is not None
+
+    # A factor for each number ---------------------------------------------------------------------------------------------
+    def _by_element(self, parts: list[Part], learn: bool) -> tuple[float, float]:
+        """All but the limit. Lengths of parameters and step."""
+        found = []
+        for part in parts:
+            learned = learn and part.piece.past is not None and bool(part.lr)
+            if learned:
+                self._begin(part.piece, part)
+                part.piece.count += 1
+            found.append(self._passes.element(part, learned, self.trust is not None))
+        rows = [] if self.trust is None else numbers(found)
+        return length([row[1] for row in rows]), length([part.lr**2 * row[0] for part, row in zip(parts, rows, strict=False)])
+
+    # A factor for a tensor or for all ---------------------------------------------------------------------------------------
+    def _in_common(self, parts: list[Part], learn: bool) -> tuple[float, float] | None:
+        """The same for factors of tensors or of the whole optimizer, before the parameters are changed."""
+        sums, learned = [], []
+        for part in parts:
+            learned.append(part.piece.past is not None and bool(part.lr))
+            sums.append(self._passes.products(part))
+        rows = numbers(sums)
+        if not all(math.isfinite(value) for row in rows for value in row):
+            return None
+        which = [number for number, yes in enumerate(learned) if yes]
+        if self.watched and self.bootstrap is None:
+            self._measure([rows[number] for number in which])
+        if which and learn:
+            self._learn([parts[number] for number in which], [sums[number] for number in which])
+        for part in parts:
+            if not part.lr:
+                part.piece.forget()
+        factors = self._factors(parts)
+        steps = [(part.lr * factor) ** 2 * row[4] for part, factor, row in zip(parts, factors, rows, strict=True)]
+        return length([row[5] for row in rows]), length(steps)
+
+    def _learn(self, parts: list[Part], sums: list[Tensor]) -> None:
+        first = next((part.base_lr for part in parts if part.base_lr), 1.0)
+        whole: Tensor | None = None  # sums over tensors, for one factor in all
+        for part, products in zip(parts, sums, strict=True):
+            own = part.base_lr or part.lr
+            weight = self.update.weight(own, first if self.scope == "optimizer" else own)
+            row = products[:4] * products.new_tensor([1.0, weight**2, weight, weight])
+            if self.scope == "tensor":
+                self._advance(part.piece, part, row[2], row[3])
+            else:
+                whole = row if whole is None else whole + row.to(whole)
+        if whole is not None:
+            if self.update.relative:  # no change where one of both is zero
+                whole[2] = (whole[2] / whole[0].sqrt() / whole[1].sqrt()).nan_to_num_(0.0).clamp_(-1, 1)
+            most = max(parts, key=lambda part: part.momentum)
+            self._advance(self._shared, most, whole[2], whole[3])
+
+    def _advance(self, factors: Factors, part: Part, meta: Tensor, current: Tensor) -> None:
+        self._begin(factors, part)
+        factors.count += 1
+        if self.hint is not None:
+            pair = (current, torch.ones_like(current)) if self.hint.of == "current" else None
+            meta = self.hint.add_(meta.clone(), pair, factors.slots.get("hint"), self.hint.strength(factors.count))
+        self.update.advance_(factors.slots, meta.clone(), self.update.scales(factors.count))
+
+    def _factors(self, parts: list[Part]) -> list[float]:
+        """As numbers."""
+        held = [self._holder(part.piece).slots for part in parts]
+        known = {id(slots): self.update.factor(slots).reshape(1) for slots in held if slots}
+        values = dict(zip(known, numbers(list(known.values())), strict=True))
+        return [values[id(slots)][0] if slots else 1.0 for slots in held]
+
+    def _move(self, parts: list[Part], shorten: float) -> None:
+        factors = self._factors(parts)
+        for part, factor in zip(parts, factors, strict=True):
+            if part.lr and self._holder(part.piece).slots:
+                self._passes.move(part, part.lr * factor * shorten if shorten else 0.0)
+        for holder in {id(holder): holder for holder in (self._holder(part.piece) for part in parts)}.values():
+            if shorten < 1:
+                self.update.shorten_(holder.slots, self.update.shift(math.sqrt(shorten)))
+
+    # For both -----------------------------------------------------------------------------------------------------------------
+    def _begin(self, factors: Factors, part: Part) -> None:
+        """State of the factors, if there is none yet, and a place for the hint."""
+        like = precise(part.piece.old) if self.scope == "element" else precise(part.piece.old).new_ones(())
+        if not factors.slots.keys() - {"hint"}:
+            factors.slots.update(self.update.start(like))
+        if self.hint is None or not self.hint.corrects(part.momentum):
+            factors.slots.pop("hint", None)
+        elif "hint" not in factors.slots:
+            factors.slots["hint"] = torch.zeros_like(like)
+
+    def _holder(self, piece: Piece) -> Factors:
+        return self._shared if self.scope == "optimizer" else piece
+
+    def _shorten(self, size: float, step: float, count: int) -> float:
         if self.trust is None:
             return 1.0
-        count = sum(point.numel() for point in points)
-        lengths = torch.stack([torch.stack(_norms(points)), torch.stack(_norms(changes))])
-        size, step = torch.linalg.vector_norm(lengths, dim=1).tolist()
         longest = self.trust * max(size, _SMALLEST * math.sqrt(count))
         if math.isfinite(step):
             return min(1.0, longest / step) if step else 1.0
         # The factors have taken a finite direction out of range; only a step of nothing is safe.
         return 0.0
 
-    def _skip(self) -> None:
+    def _share(self, points: list[Tensor], changes: list[Tensor]) -> float:
+        """The share of a step that is taken: for steps that are only tried."""
+        size, step = (length(squares(tensors)) for tensors in (points, changes))
+        return self._shorten(size, step, sum(point.numel() for point in points))
+
+    def _skip(self, parts: list[Part]) -> None:
+        for part in parts:
+            part.piece.forget()
+        self._shared.slots.pop("hint", None)
         self.skipped += 1
         self.cosine = None
         if not self._warned:
@@ -187,22 +231,18 @@ class StepSizes(StepEngine):
                 stacklevel=2,
             )
 
-    def _measure(self, grads: list[Tensor], records: list[dict[str, Any]]) -> None:
-        pairs = [(grad, record["past"]) for grad, record in zip(grads, records, strict=True) if "past" in record]
-        self.cosine = None
-        if pairs:
-            dot = float(torch.stack([(left * right).sum().double().cpu() for left, right in pairs]).sum())
-            sizes = [math.hypot(*torch.stack(_norms(list(side))).tolist()) for side in zip(*pairs, strict=True)]
-            self.cosine = dot / (sizes[0] * sizes[1]) if all(sizes) else None
+    def _measure(self, rows: list[list[float]]) -> None:
+        square, last, dot = (math.fsum(row[number] for row in rows) for number in range(3))
+        self.cosine = dot / math.sqrt(square) / math.sqrt(last) if square > 0 and last > 0 else None
 
     def factors(self) -> dict[Tensor, Tensor]:
         """The factors by parameter: of its shape, or a number for the other scopes. Left out while still 1."""
-        found = {}
-        for param, record in self._records.items():
-            slots = self._holder(record).get("slots")
+        found: dict[Tensor, Tensor] = {}
+        for piece in dict.fromkeys(self._parts.pieces.values()):
+            slots = self._holder(piece).slots
             if slots:
-                found[param] = self.update.factor(slots)
-        return found
+                found.update(zip(piece.params, piece.shaped(self.update.factor(slots)), strict=True))
+        return {param: found[param] for param in self.params() if param in found}
 
     def metrics(self, names: dict[Tensor, str]) -> dict[str, float]:
         """Quantiles of the factors, the cosine of gradient and last direction, shares of shortened and skipped steps."""
@@ -226,26 +266,6 @@ class StepSizes(StepEngine):
             found |= {f"factor/{name}/q{level}": value for level, value in zip((10, 50, 90), levels, strict=True)}
         return found
 
-    def _record(self, param: Tensor) -> dict[str, Any]:
-        if param not in self._records:
-            saved: dict[str, Any] = {}
-            if self._waiting:
-                number = next(number for number, other in enumerate(self.params()) if other is param)
-                saved = self._waiting.pop(number, {})
-            self._records[param] = self._placed(saved, param)
-        return self._records[param]
-
-    def _placed(self, saved: dict[str, Any], param: Tensor) -> dict[str, Any]:
-        shape = param.shape if self.scope == "element" else torch.Size()
-        tensors = saved.get("slots", {}).values()
-        if any(leaf.shape != shape for leaf in tensors) or ("past" in saved and saved["past"].shape != param.shape):
-            raise ValueError(
-                "the state of the step sizes belongs to parameters of other shapes; start without it, for instance from the "
-                "weights alone, with load_from_checkpoint"
-            )
-        placed: dict[str, Any] = _moved(saved, param.device)
-        return placed
-
     def _identity(self) -> dict[str, Any]:
         hint = None if self.hint is None else [self.hint.of, self.hint.corrected]
         target = None if self.bootstrap is None else self.bootstrap.options
@@ -253,14 +273,9 @@ class StepSizes(StepEngine):
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`StepEngine`."""
-        params = self.params()
-        last = max([len(params) - 1, *self._waiting])
-        tensors = []
-        for number in range(last + 1):
-            record = self._records.get(params[number]) if number < len(params) else None
-            tensors.append(_moved(self._waiting.get(number, {}) if record is None else record, None))
         counts = {"steps": self.steps, "clipped": self.clipped, "skipped": self.skipped, "logged": list(self._logged)}
-        shared = _moved(self._shared, None)
+        shared = copied({"slots": self._shared.slots, "count": self._shared.count})
+        tensors = self._parts.states(self.params())
         return {"format": 1, **self._identity(), **counts, "base": dict(self._base), "shared": shared, "tensors": tensors}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -274,25 +289,7 @@ class StepSizes(StepEngine):
         self.steps, self.clipped, self.skipped = (state_dict[key] for key in ("steps", "clipped", "skipped"))
         self._logged = (state_dict["logged"][0], state_dict["logged"][1])
         self._base = dict(state_dict["base"])
-        params = self.params()
-        self._shared = _moved(state_dict["shared"], params[0].device)
-        self._records, self._waiting = {}, {number: saved for number, saved in enumerate(state_dict["tensors"]) if saved}
-        for param in params:
-            if not is_lazy(param):
-                self._record(param)
-
-
-def _precise(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _norms(tensors: list[Tensor]) -> list[Tensor]:
-    # On one device, for there may be several.
-    return [torch.linalg.vector_norm(_precise(tensor)).to(tensors[0].device) for tensor in tensors]
-
-
-def _moved(value: Any, device: torch.device | None) -> Any:
-    # A copy, in plain containers.
-    if isinstance(value, Tensor):
-        return value.detach().to(device, copy=True) if device is not None else value.detach().clone()
-    return {key: _moved(leaf, device) for key, leaf in value.items()} if isinstance(value, dict) else value
+        shared, first = state_dict["shared"], self.params()[0]
+        slots = {name: value.to(first.device) for name, value in copied(shared.get("slots", {})).items()}
+        self._shared = Factors(slots, shared.get("count", 0))
+        self._parts.load(state_dict["tensors"], self.optimizer.param_groups, self._old)
