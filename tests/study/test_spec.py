@@ -50,7 +50,7 @@ def test_a_recipe_is_read_merged_and_overridden(tmp_path, recipe_file):
         ("methods.SGD.problems", {"": {"search": {"rule.init_args.lr": [0.1]}}}, "SGD has 1 trials.* 3"),
         ("methods.SGD.problems", {"": {"rule.init_args.rate": 1}}, "(?s)methods.SGD.*rate"),
         ("methods.SGD.callbacks", {}, "must be a list"),
-        ("methods.SGD.scheduler", {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 1}}, "its own step sizes"),
+        ("methods.SGD.scheduler", {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 1}}, "step sizes"),
         ("problems", {"a": {}}, "not both"),
     ],
 )
