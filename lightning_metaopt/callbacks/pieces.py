@@ -117,12 +117,13 @@ class Piece(Factors):
 
 
 def place(param: Tensor, old: Tensor, past: Tensor | None, slots: dict[str, Tensor], count: int, elementwise: bool = True) -> Piece:
-    """A piece of one parameter from a state in its shape; another device or another order in memory does not matter."""
+    """A piece of one parameter from a state in its shape; another device, type or order in memory does not matter."""
     piece = Piece(params=[param], olds=[old], count=count)
+    like = precise(piece.old[:0])
     if past is not None:
-        piece.past = piece.row([past.to(old.device)])
+        piece.past = piece.row([past.to(like)])
     for name, values in slots.items():
-        piece.slots[name] = piece.row([values.to(old.device)]) if elementwise else values.to(old.device)
+        piece.slots[name] = piece.row([values.to(like)]) if elementwise else values.to(like)
     return piece
 
 
