@@ -49,7 +49,6 @@ class _Snapshot:
         self.tensors: list[tuple[str, Tensor, int, Tensor | None]] = []
         substituted = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
         self.seen: set[int] = set(substituted)
-        self.trainable = [(param, param.requires_grad) for param in module.parameters()]
         for name, part in module.named_modules():
             self._enter(name or type(module).__name__, part)
 
@@ -85,8 +84,6 @@ class _Snapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        for param, trainable in self.trainable:
-            param.requires_grad_(trainable)
         for _, values, kept in self.attributes:
             if values.keys() != kept.keys() or any(values[key] is not kept[key] for key in kept):
                 values.clear()
