@@ -166,6 +166,7 @@ RULES = [
     RuleRow("GradientPerturbation", _unsized(rules.GradientPerturbation, history=3, lr=0.1, decay=0.01)),
     RuleRow("GradientPerturbation, diagonal", partial(rules.GradientPerturbation, 3, 0.1, 0.0, "diagonal", bound=0.2)),
     RuleRow("GradientPerturbation, full", partial(rules.GradientPerturbation, 3, 0.1, 0.0, "full", bound=[0.3, 0.2, 0.1])),
+    RuleRow("DisturbanceFeedback", partial(rules.DisturbanceFeedback, history=2, lr=0.1, decay=0.01, gamma=0.5)),
     RuleRow("ConvexProgram.gradient", partial(rules.ConvexProgram.gradient, scale=2.0), **PROGRAM),
     RuleRow("ConvexProgram.momentum", partial(rules.ConvexProgram.momentum, scale=2.0, averaging=0.4), **PROGRAM),
     RuleRow("ConvexProgram.general_descent", partial(rules.ConvexProgram.general_descent, matrix_scale=0.2), **PROGRAM),

@@ -85,4 +85,5 @@ METAGRADS = [
         begin=3,
         rule=partial(rules.GradientPerturbation, 2, 0.1, 0.0, "diagonal", NETS.shapes),
     ),
+    MetaGradRow("Epochs", lambda steps: metagrads.Epochs(metagrads.Unrolled(steps), 100 * steps)),
 ]

@@ -2,9 +2,20 @@
 
 from lightning_metaopt.metagrads.base import Estimate, MetaGradient, surrogate_loss
 from lightning_metaopt.metagrads.counterfactual import Counterfactual
+from lightning_metaopt.metagrads.epochs import Epochs
 from lightning_metaopt.metagrads.forward import ForwardMode
 from lightning_metaopt.metagrads.statistics import Statistics
 from lightning_metaopt.metagrads.unrolled import Unrolled
 from lightning_metaopt.metagrads.zeroth import ZerothOrder
 
-__all__ = ["Counterfactual", "Estimate", "ForwardMode", "MetaGradient", "Statistics", "Unrolled", "ZerothOrder", "surrogate_loss"]
+__all__ = [
+    "Counterfactual",
+    "Epochs",
+    "Estimate",
+    "ForwardMode",
+    "MetaGradient",
+    "Statistics",
+    "Unrolled",
+    "ZerothOrder",
+    "surrogate_loss",
+]

@@ -6,6 +6,7 @@ from lightning_metaopt.rules.baselines import Adam, GradientDescent, HeavyBall, 
 from lightning_metaopt.rules.constraints import Box, Constraint, L1Ball, NonNegative, ProximalL1, Simplex, TrustRegion
 from lightning_metaopt.rules.control import GradientPerturbation
 from lightning_metaopt.rules.convex import DCOGeneralDescent, DCOGradient, DCOMomentum
+from lightning_metaopt.rules.disturbance import DisturbanceFeedback
 from lightning_metaopt.rules.meta_curvature import MetaCurvature
 from lightning_metaopt.rules.meta_sgd import MetaSGD
 from lightning_metaopt.rules.program import ConvexProgram
@@ -23,6 +24,7 @@ __all__ = [
     "DCOGeneralDescent",
     "DCOGradient",
     "DCOMomentum",
+    "DisturbanceFeedback",
     "ElementwiseScale",
     "GradientDescent",
     "GradientPerturbation",

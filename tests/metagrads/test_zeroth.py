@@ -193,8 +193,8 @@ def test_cost_is_what_is_stated() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="pairs must be at least 1"):
-        lmo.ZerothOrder(pairs=0)
+    with pytest.raises(ValueError, match="pairs and delay at least 0"):
+        lmo.ZerothOrder(pairs=-1)
     with pytest.raises(ValueError, match="sigma must be positive"):
         lmo.ZerothOrder(sigma=0.0)
     rule = lmo.rules.GradientDescent(lr=0.01).double()
