@@ -22,7 +22,7 @@ LEVELS = [
     {"episode"},
     {"objectives"},
     {"rules", "metagrads", "tasks", "models"},
-    {"storage", "inplace", "guard", "checks", "ledger", "task_loader"},
+    {"analysis", "storage", "inplace", "guard", "checks", "ledger", "task_loader"},
     {"deployment", "held_out"},
     {"optimizer", "learner", "baselines", "online"},
     {"loop", "callbacks", "data", "modules", "differentiable"},
