@@ -1,7 +1,7 @@
 """Learned optimizers and meta-learning for PyTorch Lightning."""
 
-from lightning_metaopt import baselines, episode, metagrads, objectives, rules, tasks
-from lightning_metaopt.callbacks import EvaluationWeights, HypergradientDescent, OptimisticMetaGrad, SwapOptimizer
+from lightning_metaopt import analysis, baselines, episode, metagrads, objectives, rules, tasks
+from lightning_metaopt.callbacks import EvaluationWeights, GPCMetaOpt, HypergradientDescent, OptimisticMetaGrad, SwapOptimizer
 from lightning_metaopt.loop import MetaLearner, MetaLoop
 from lightning_metaopt.metagrads import Counterfactual, Estimate, ForwardMode, MetaGradient, Unrolled, ZerothOrder
 from lightning_metaopt.online import OptimisticFTRL
@@ -15,6 +15,7 @@ __all__ = [
     "Estimate",
     "EvaluationWeights",
     "ForwardMode",
+    "GPCMetaOpt",
     "HypergradientDescent",
     "LearnedOptimizer",
     "MetaGradient",
@@ -28,6 +29,7 @@ __all__ = [
     "TaskFamily",
     "Unrolled",
     "ZerothOrder",
+    "analysis",
     "baselines",
     "episode",
     "load_rule",

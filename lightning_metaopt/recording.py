@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_metaopt.tree import Tree
 
-__all__ = ["Moment", "Randomness", "cloned"]
+__all__ = ["Moment", "Randomness", "cloned", "placed", "plain"]
 
 
 def cloned(value: Any) -> Any:
@@ -92,6 +92,29 @@ class Randomness:
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state in plain containers and tensors."""
+        numpy = None if self.numpy is None else [self.numpy[0], torch.from_numpy(self.numpy[1].astype("int64")), *self.numpy[2:]]
+        return {
+            "own": [state for _, state in self.own],
+            "devices": [(str(device), state) for device, state in zip(self.devices, self.states, strict=True)],
+            "cpu": self.cpu,
+            "python": self.python,
+            "numpy": numpy,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], module: nn.Module) -> Randomness:
+        """The same for the generators that are there now, of ``module`` and of all devices."""
+        found = cls(module, [])
+        found.own = [(generator, kept) for (generator, _), kept in zip(found.own, state["own"], strict=True)]
+        found.devices = [torch.device(name) for name, _ in state["devices"]]
+        found.states = [kept.cpu() for _, kept in state["devices"]]
+        found.cpu, found.python, found.numpy = state["cpu"].cpu(), state["python"], None
+        if state["numpy"] is not None:
+            found.numpy = (state["numpy"][0], state["numpy"][1].numpy().astype("uint32"), *state["numpy"][2:])
+        return found
+
     @contextmanager
     def again(self, module: nn.Module) -> Iterator[None]:
         """Inside, the same numbers are drawn as after this state was taken; afterwards the generators are as before."""
@@ -132,3 +155,36 @@ class Moment:
     randomness: Randomness
     weight: float = 1.0
     buffers: Tree | None = None
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """All of it in plain containers and tensors; ``None`` for a batch that is more than those."""
+        if not plain(self.batch):
+            return None
+        randomness = self.randomness.state_dict()
+        return {"batch": self.batch, "index": self.batch_idx, "weight": self.weight, "buffers": self.buffers, "random": randomness}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], module: nn.Module) -> Moment:
+        """The same moment, on the device of ``module``."""
+        device = next((value.device for value in module.parameters()), torch.device("cpu"))
+        randomness = Randomness.from_state_dict(state["random"], module)
+        buffers = None if state["buffers"] is None else {name: value.to(device) for name, value in state["buffers"].items()}
+        return cls(placed(state["batch"], device), state["index"], randomness, state["weight"], buffers)
+
+
+def plain(value: Any) -> bool:
+    """Whether something consists of plain containers and tensors, which a checkpoint can hold."""
+    if type(value) is dict:
+        return all(plain(key) and plain(leaf) for key, leaf in value.items())
+    if type(value) in (list, tuple):
+        return all(map(plain, value))
+    return type(value) in (Tensor, str, bytes, int, float, bool, type(None))
+
+
+def placed(value: Any, device: torch.device) -> Any:
+    """The tensors of plain containers on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: placed(leaf, device) for key, leaf in value.items()}
+    return type(value)(placed(leaf, device) for leaf in value) if isinstance(value, (list, tuple)) else value

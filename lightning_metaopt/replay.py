@@ -227,7 +227,8 @@ class Replay:
     ) -> T:
         # ``work`` on the loss while ``params`` are in the module's place: gradient checkpointing computes again in it.
         own = buffers if buffers is not None else (moment.buffers or {})
-        given = params if not leaving else {name: value.clone() for name, value in params.items()}  # a step may write to them
+        with torch.enable_grad():  # a step may write to what it is given
+            given = params if not leaving else {name: value.clone() for name, value in params.items()}
         tensors = self._tensors(given, {name: value if buffers is not None else value.clone() for name, value in own.items()})
 
         def run() -> T:

@@ -1,6 +1,7 @@
 """Lightning callbacks; all of them work on unchanged modules."""
 
 from lightning_metaopt.callbacks.averaging import EvaluationWeights, ExponentialMovingAverage, PolynomialDecay
+from lightning_metaopt.callbacks.gpc import GPCMetaOpt
 from lightning_metaopt.callbacks.hypergradient import HypergradientDescent
 from lightning_metaopt.callbacks.optimistic import OptimisticMetaGrad
 from lightning_metaopt.callbacks.swap import SwapOptimizer
@@ -8,6 +9,7 @@ from lightning_metaopt.callbacks.swap import SwapOptimizer
 __all__ = [
     "EvaluationWeights",
     "ExponentialMovingAverage",
+    "GPCMetaOpt",
     "HypergradientDescent",
     "OptimisticMetaGrad",
     "PolynomialDecay",

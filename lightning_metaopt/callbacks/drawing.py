@@ -137,7 +137,11 @@ class DrawnStepCallback(StepCallback, ABC):
             )
             return
         folder = trainer.log_dir or trainer.default_root_dir
-        draw([self.histories[number] for number in sorted(self.histories)], Path(folder) / self.draw, type(self).__name__)
+        self.picture([self.histories[number] for number in sorted(self.histories)], Path(folder) / self.draw)
+
+    def picture(self, histories: list[History], path: Path) -> None:
+        """Draw what each engine has logged into a file."""
+        draw(histories, path, type(self).__name__)
 
 
 def draw(histories: Iterable[History], path: str | os.PathLike[str], title: str = "") -> None:

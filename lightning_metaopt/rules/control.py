@@ -21,7 +21,7 @@ Kind = Literal["scalar", "diagonal", "full"]
 CHUNK = 2**16  # columns of a ring in half precision that are computed with at a time
 
 
-def perturbed(point: Tensor, direction: Tensor, mixture: Tensor, lr: float, decay: float) -> Tensor:
+def perturbed(point: Tensor, direction: Tensor, mixture: Tensor, lr: float | Tensor, decay: float | Tensor) -> Tensor:
     """The recursion of Algorithms 1, 4 and 7: what is added to ``point``.
 
     .. math:: -\\delta x - \\eta g - \\sum_{h=1}^H M^h d_{t+1-h} .
@@ -30,11 +30,11 @@ def perturbed(point: Tensor, direction: Tensor, mixture: Tensor, lr: float, deca
         point: :math:`x`.
         direction: :math:`g`.
         mixture: the sum over :math:`h`.
-        lr: :math:`\\eta`.
-        decay: :math:`\\delta`.
+        lr: :math:`\\eta`, one number or one for each coordinate.
+        decay: :math:`\\delta`, likewise.
     """
     update = direction * -lr - mixture
-    return update - decay * point if decay else update
+    return update - decay * point if isinstance(decay, Tensor) or decay else update
 
 
 def row_weights(coefficients: Tensor, step: Tensor, rows: int) -> Tensor:
