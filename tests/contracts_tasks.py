@@ -64,6 +64,7 @@ def _sentences(**options: Any) -> TaskFamily:
 
 
 TASKS = [
+    TaskRow("ConditionedQuadratic", lambda: tasks.ConditionedQuadratic(3, 20.0, basis_seed=1, double=True)),
     TaskRow("ConvexQuadratic", lambda: tasks.ConvexQuadratic(double=True)),
     TaskRow("LeastSquares", lambda: tasks.LeastSquares(dim=4, rows=6, start_std=1.0, double=True)),
     TaskRow("LeastSquares, fixed design", lambda: tasks.LeastSquares(dim=4, rows=6, design="fixed", mean=True, double=True)),

@@ -1,5 +1,6 @@
 """Task families: distributions over inner problems."""
 
+from lightning_metaopt.tasks.conditioned import ConditionedQuadratic
 from lightning_metaopt.tasks.constrained import NonNegativeLeastSquares, SimplexLeastSquares
 from lightning_metaopt.tasks.convex import LeastSquares
 from lightning_metaopt.tasks.domains import ImageDomains
@@ -13,6 +14,7 @@ from lightning_metaopt.tasks.translation import TokenSet, Translation
 from lightning_metaopt.tasks.variation import Variation
 
 __all__ = [
+    "ConditionedQuadratic",
     "ConvexQuadratic",
     "ImageClassification",
     "ImageDomains",
