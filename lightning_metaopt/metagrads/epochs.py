@@ -39,8 +39,8 @@ class Epochs(MetaGradient):
     rule, Algorithm 2 with a meta-gradient that learns while it runs (:class:`Counterfactual` for Algorithm 1 as its inner
     algorithm, :class:`ZerothOrder` for Algorithm 5). Meta-parameters go on from epoch to epoch; the rule's state starts anew.
 
-    **Theory's settings are not the defaults**: ``beta`` of the size that it asks for, and averaging, cost far more than they give
-    on the paper's network (see ``recipes/gpc``), and the paper's own experiments leave both out (appendix E.1).
+    **Theory's settings are not the defaults**: ``beta`` of the size that it asks for holds the iterates back, averages lag behind
+    them, and the paper's own experiments leave both out (appendix E.1).
 
     Args:
         inner: the meta-gradient of each step.
