@@ -36,7 +36,7 @@ class Hint:
             :math:`D_t = g_t P_{t-1} + h_t`. ``None`` to do so for base optimizers with momentum only. Without correction a hint
             lets factors grow with the noise of the gradient; that offsets the short sight of :math:`g_t g_{t-1}`, but not of
             :math:`g_t P_{t-1}` where :math:`P` looks further back: there factors would grow until training breaks down.
-        fade: :math:`\\kappa` falls like ``scale / (1 + t / fade)`` with the number :math:`t` of meta-steps; ``None`` if not.
+        fade: :math:`\\kappa` falls like ``scale / (1 + t / fade)**2`` with the number :math:`t` of meta-steps; ``None`` if not.
     """
 
     of: Literal["current", "previous"] = "current"
@@ -49,8 +49,7 @@ class Hint:
             raise ValueError(f"of must be 'current' or 'previous', got {self.of!r}")
         if not math.isfinite(self.scale):
             raise ValueError(f"scale must be finite, got {self.scale}")
-        if self.fade is not None and not self.fade > 0:
-            raise ValueError(f"fade must be positive or None, got {self.fade}")
+        _check_fade(self.fade)
 
     def corrects(self, momentum: bool) -> bool:
         """Whether the last hint is taken off again, for a base optimizer with or without momentum."""
@@ -58,7 +57,7 @@ class Hint:
 
     def strength(self, count: int) -> float:
         """The scale in the ``count``-th meta-step, from 1."""
-        return self.scale if self.fade is None else self.scale / (1 + count / self.fade)
+        return _faded(self.scale, self.fade, count)
 
     def add_(self, meta: Tensor, current: tuple[Tensor, Tensor] | None, last: Tensor | None, strength: float | Tensor) -> Tensor:
         """``meta`` (:math:`g_t P_{t-1}`, changed in place) with the hint.
@@ -220,13 +219,14 @@ class Logarithmic(StepSizeUpdate):
     """Logarithms :math:`v = \\log w` of the factors, moved by Adam, so that the scale of the gradients does not matter.
 
     .. math:: m \\leftarrow \\beta_1 m + (1 - \\beta_1) D_t, \\quad s \\leftarrow \\beta_2 s + (1 - \\beta_2) D_t^2, \\quad
-              v \\leftarrow v + \\beta_t\\, \\hat m / (\\sqrt{\\hat s} + 10^{-20}), \\quad \\beta_t = \\beta / (1 + t / t_0)
+              v \\leftarrow v + \\beta_t\\, \\hat m / (\\sqrt{\\hat s} + 10^{-20}), \\quad \\beta_t = \\beta / (1 + t / t_0)^2
 
     Args:
         rate: :math:`\\beta`, the usual change of a logarithm in the first steps.
         betas: :math:`\\beta_1, \\beta_2`.
         limit: factors stay between ``1 / limit`` and ``limit``.
-        fade: :math:`t_0`, the number of meta-steps after which the rate has halved; ``None`` for a constant rate.
+        fade: :math:`t_0`, the number of meta-steps after which the rate is a quarter; ``None`` for a constant rate. A logarithm
+            moves by at most about :math:`\\beta t_0` in all: with a rate like :math:`1 / t` it would never come to rest.
 
     >>> rule = Logarithmic(rate=0.1)
     >>> slots = rule.start(torch.ones(2))
@@ -244,8 +244,7 @@ class Logarithmic(StepSizeUpdate):
             raise ValueError(f"betas must lie in [0, 1), got {betas}")
         if not limit >= 1:
             raise ValueError(f"limit must be at least 1, got {limit}")
-        if fade is not None and not fade > 0:
-            raise ValueError(f"fade must be positive or None, got {fade}")
+        _check_fade(fade)
         self.rate, self.betas, self.limit, self.fade = rate, betas, limit, fade
 
     def start(self, like: Tensor) -> Slots:
@@ -254,7 +253,7 @@ class Logarithmic(StepSizeUpdate):
 
     def scales(self, count: int) -> tuple[float, ...]:
         """What the root of ``square`` is multiplied by, and what is added, so that ``mean`` divided by it is the change."""
-        rate = self.rate if self.fade is None else self.rate / (1 + count / self.fade)
+        rate = _faded(self.rate, self.fade, count)
         first = (1 - self.betas[0] ** count) / rate
         return first / math.sqrt(1 - self.betas[1] ** count), 1e-20 * first
 
@@ -286,3 +285,12 @@ class Logarithmic(StepSizeUpdate):
     def factor(self, slots: Slots) -> Tensor:
         """See :class:`StepSizeUpdate`."""
         return slots["log"].exp()
+
+
+def _check_fade(fade: float | None) -> None:
+    if fade is not None and not fade > 0:
+        raise ValueError(f"fade must be positive or None, got {fade}")
+
+
+def _faded(value: float, fade: float | None, count: int) -> float:
+    return value if fade is None else value / (1 + count / fade) ** 2

@@ -70,7 +70,7 @@ class Plain(StepEngine):
 
     def advance(self, state: dict[str, Any], meta: Tensor, hint: Tensor) -> None:
         state["t"] = t = state.get("t", 0) + 1
-        hint = hint / (1 + t / 100) if self.log else hint  # the usual one of "log" fades, as the rate does
+        hint = hint / (1 + t / 80) ** 2 if self.log else hint  # the usual one of "log" fades, as the rate does
         d = meta + hint - (state.get("hint", 0.0) if self.corrected else 0.0)
         state["hint"] = hint
         if not self.log:
@@ -79,7 +79,7 @@ class Plain(StepEngine):
         state["mean"] = 0.9 * state.get("mean", 0.0) + 0.1 * d
         state["square"] = 0.999 * state.get("square", 0.0) + 0.001 * d * d
         root = (state["square"] / (1 - 0.999**t)).sqrt() + 1e-20
-        change = self.rate / (1 + t / 100) * state["mean"] / (1 - 0.9**t) / root
+        change = self.rate / (1 + t / 80) ** 2 * state["mean"] / (1 - 0.9**t) / root
         state["log"] = (state.get("log", torch.zeros_like(d)) + change).clamp(-math.log(1e4), math.log(1e4))
 
     def state_dict(self) -> dict[str, Any]:

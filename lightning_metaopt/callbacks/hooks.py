@@ -121,16 +121,16 @@ class StepEngine(ABC):
                     continue
                 if param.grad.layout != torch.strided:
                     raise RuntimeError(f"{type(self).__name__} needs dense gradients: use sparse=False in embeddings")
-                grad = param.grad.detach()
-                grad = -grad if group.get("maximize") else grad
-                moves.append(Move(param, self._old[param], grad, lr, base, _has_momentum(group)))
+                grad = -param.grad.detach() if group.get("maximize") else param.grad.detach()
+                moves.append(Move(param, self._old[param], grad, lr, base, has_momentum(group)))
         if moves:
             self.steps += 1
             with torch.autocast(moves[0].param.device.type, enabled=False):  # manual optimisation steps inside autocast
                 self.adjust(moves)
 
 
-def _has_momentum(group: dict[str, Any]) -> bool:
+def has_momentum(group: dict[str, Any]) -> bool:
+    """Whether a param group averages over steps, as far as it tells; if it does not tell, ``True``."""
     found = [group[key] for key in ("momentum", "betas", "beta1", "beta") if key in group]
     return not found or any(bool(value[0] if isinstance(value, (tuple, list)) else value) for value in found)
 

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from lightning_metaopt.callbacks.bootstrapped import Bootstrap, bind
 from lightning_metaopt.callbacks.drawing import DrawnStepCallback
 from lightning_metaopt.callbacks.fused import Compile
+from lightning_metaopt.callbacks.hooks import has_momentum
 from lightning_metaopt.callbacks.step_sizes import Scope, StepSizes
 from lightning_metaopt.metastep import Additive, Hint, Logarithmic, StepSizeUpdate
 from lightning_metaopt.online.target import Mu
@@ -36,16 +37,17 @@ class OptimisticMetaGrad(DrawnStepCallback):
         scope: one factor for each ``"element"``, for each ``"tensor"``, or for the whole ``"optimizer"``.
         update: ``"log"``, the robust form: :math:`\\log w` is moved by Adam (so that no scale needs to be known), the hint is
             halved, and taken off again only for optimizers with momentum (see :class:`~lightning_metaopt.metastep.Hint`), rate
-            and hint fade, and no step is longer than a tenth of the parameters' norm. ``"raw"``, the paper's
+            and hint fade, and no step is longer than a part of the parameters' norm. ``"raw"``, the paper's
             rule :math:`\\mathrm{lr}\\,w \\leftarrow \\max(\\mathrm{lr}\\,w + \\beta D_t, 0)` (section 7.2), without a limit.
-        meta_lr: rate :math:`\\beta` of the step sizes, by default 0.15 for ``"log"``: the usual change of a logarithm in one of
+        meta_lr: rate :math:`\\beta` of the step sizes, by default 0.2 for ``"log"``: the usual change of a logarithm in one of
             the first steps. For ``"raw"`` it has to be given; it is in units of step size / squared gradient, and good values
             differ by orders of magnitude between problems.
         hint: instead of the usual one, ``Hint(of="previous")`` for that of Corollary 1, or other options of it.
-        trust: longest step as a fraction of the norm of the parameters; ``None`` for no limit. By default 0.1 for ``"log"``.
+        trust: longest step as a fraction of the norm of the parameters; ``None`` for no limit. By default, for ``"log"``,
+            0.15, and 0.1 for base optimizers with momentum, whose steps add up.
         betas: averaging constants of Adam for ``"log"``.
         limit: for ``"log"``, factors stay between ``1 / limit`` and ``limit``.
-        fade: for ``"log"``, the rate falls like ``meta_lr / (1 + t / fade)`` with the number :math:`t` of meta-steps, so that
+        fade: for ``"log"``, the rate falls like ``meta_lr / (1 + t / fade)**2`` with the number :math:`t` of meta-steps, so that
             long trainings settle, and the usual hint falls in the same way; ``None`` for neither.
         lookahead: for ``"bootstrapped"``, the steps :math:`K` between the parameters and their target.
         target_lr: for ``"bootstrapped"``, :math:`\\eta`, the last step to the target, along the gradient.
@@ -92,7 +94,7 @@ class OptimisticMetaGrad(DrawnStepCallback):
         trust: float | Literal["default"] | None = "default",
         betas: tuple[float, float] = (0.9, 0.999),
         limit: float = 1e4,
-        fade: float | None = 100.0,
+        fade: float | None = 80.0,
         lookahead: int = 1,
         target_lr: float = 1.0,
         mu: Mu = "euclidean",
@@ -115,20 +117,22 @@ class OptimisticMetaGrad(DrawnStepCallback):
         self.scope: Scope = scope
         self.compile: Compile = compile
         self.update: StepSizeUpdate = (
-            Logarithmic(0.15 if meta_lr is None else meta_lr, betas, limit, fade) if update == "log" else Additive(meta_lr or 0.0)
+            Logarithmic(0.2 if meta_lr is None else meta_lr, betas, limit, fade) if update == "log" else Additive(meta_lr or 0.0)
         )
         usual = Hint(scale=0.5, corrected=None, fade=fade) if update == "log" else Hint()
         self.hint = hint or usual if mode == "optimistic" else None
         self.bootstrapped = mode == "bootstrapped"
         self.target: dict[str, Any] = {"lookahead": lookahead, "target_lr": target_lr, "mu": mu}
         Bootstrap(**self.target)  # checks them
-        self.trust = (0.1 if update == "log" else None) if trust == "default" else trust
-        if self.trust is not None and not self.trust > 0:
+        self.trust = None if trust == "default" and update == "raw" else trust
+        if self.trust is not None and self.trust != "default" and not self.trust > 0:
             raise ValueError(f"trust must be positive or None, got {self.trust}")
 
     def engine(self, optimizer: Optimizer) -> StepSizes:
         bootstrap = Bootstrap(**self.target) if self.bootstrapped else None
-        return StepSizes(optimizer, self.update, self.scope, self.hint, self.trust, bootstrap, self.compile)
+        usual = 0.1 if any(map(has_momentum, getattr(optimizer, "param_groups", []))) else 0.15
+        trust = usual if self.trust == "default" else self.trust
+        return StepSizes(optimizer, self.update, self.scope, self.hint, trust, bootstrap, self.compile)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

@@ -43,7 +43,7 @@ def train(params: list[nn.Parameter], attach: Any, steps: int = 100, make: Any =
     return engine
 
 
-def plain(scope: str, log: bool = True, rate: float = 0.15, kappa: float = 0.5, corrected: bool = False, trust: float = 0.1) -> Any:
+def plain(scope: str, log: bool = True, rate: float = 0.2, kappa: float = 0.5, corrected: bool = False, trust: float = 0.15) -> Any:
     def attach(optimizer: Any) -> Plain:
         engine = Plain(optimizer, scope, log, rate, kappa, corrected, trust)
         engine.attach()
@@ -64,7 +64,7 @@ def assert_equal(first: list[nn.Parameter], second: list[nn.Parameter], rtol: fl
 RULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "zero arguments": ({}, {}),
     "standard": ({"kappa": 0.0}, {"mode": "standard"}),
-    "corrected": ({"corrected": True}, {"hint": Hint(scale=0.5, corrected=True, fade=100.0)}),
+    "corrected": ({"corrected": True}, {"hint": Hint(scale=0.5, corrected=True, fade=80.0)}),
     "short steps": ({"trust": 1e-3}, {"trust": 1e-3}),
     "raw": (
         {"log": False, "rate": 1e-4, "kappa": 1.0, "corrected": True, "trust": 0.02},
@@ -98,7 +98,7 @@ def test_other_optimizers(base: str) -> None:
         return torch.optim.Adam(params, 0.01) if base == "Adam" else torch.optim.SGD(params, 0.01, momentum=0.9)
 
     one, other = parameters(), parameters()
-    train(one, plain("element", corrected=True), make=make)
+    train(one, plain("element", corrected=True, trust=0.1), make=make)
     train(other, ours(), make=make)
     assert_equal(one, other)
 
