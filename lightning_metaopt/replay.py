@@ -205,6 +205,7 @@ class Replay:
         return loss, grads, products
 
     @staticmethod
+    @torch.enable_grad()  # a caller may be a hook of an optimizer, where gradients are not recorded
     def _sums(moments: Moments, each: Callable[[Moment], tuple[Tensor, list[Tree]]]) -> tuple[Tensor, list[Tree]]:
         several = [moments] if isinstance(moments, Moment) else list(moments)
         if not several:
@@ -227,8 +228,7 @@ class Replay:
     ) -> T:
         # ``work`` on the loss while ``params`` are in the module's place: gradient checkpointing computes again in it.
         own = buffers if buffers is not None else (moment.buffers or {})
-        with torch.enable_grad():  # a step may write to what it is given
-            given = params if not leaving else {name: value.clone() for name, value in params.items()}
+        given = params if not leaving else {name: value.clone() for name, value in params.items()}  # a step may write to them
         tensors = self._tensors(given, {name: value if buffers is not None else value.clone() for name, value in own.items()})
 
         def run() -> T:

@@ -272,3 +272,19 @@ def test_compiled_modules(part: str) -> None:
     expected = eager.hvp(eager.record(batch), own, own)
     for one, other in zip(found[1:], expected[1:], strict=True):
         torch.testing.assert_close(list(one.values()), list(other.values()))
+
+
+def test_graphs_are_kept_where_the_caller_records_none():
+    """As in a hook of an optimizer: graphs were lost there without an error, for leaves that were cloned and for sums."""
+    net = plain()
+    replay = Replay(net, lambda batch: net(batch).square().mean())
+    moments = [replay.record(torch.randn(4, 3)) for _ in range(2)]
+    vector = {name: torch.randn_like(value) for name, value in replay.params().items()}
+    for several in (moments[0], moments):
+        leaves = {name: value.requires_grad_() for name, value in replay.params().items()}
+        with torch.no_grad():
+            _, grads = replay.grad(several, leaves, create_graph=True)
+            expected = replay.hvp(several, leaves, vector)[2]
+        found = torch.autograd.grad(list(grads.values()), list(leaves.values()), list(vector.values()))
+        for one, two in zip(found, expected.values(), strict=True):
+            torch.testing.assert_close(one, two)

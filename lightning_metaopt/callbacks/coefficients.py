@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_metaopt.rules.control import GradientPerturbation
 from lightning_metaopt.storage import load_rule
+from lightning_metaopt.tree import escape
 
 __all__ = ["Coefficients", "MetaOptimizer", "numbers_of", "rule_of"]
 
@@ -104,4 +105,7 @@ def numbers_of(given: Any) -> Tensor | None:
     rule = rule_of(given)
     if rule is None:
         return torch.as_tensor(given).detach().clone()
-    return torch.cat([value.detach().reshape(rule.history, -1) for value in rule.parameters()], 1).squeeze(1)
+    if isinstance(rule.coefficients, nn.ParameterDict):
+        values = [rule.coefficients[escape(name)] for name in rule.shapes or {}]
+        return torch.cat([value.detach().reshape(rule.history, -1) for value in values], 1)
+    return rule.coefficients.detach().clone()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from lightning_metaopt.callbacks.coefficients import Coefficients, MetaOptimizer
@@ -16,6 +16,7 @@ from lightning_metaopt.callbacks.ring import Ring
 from lightning_metaopt.callbacks.rollout import Gradients, Past, adjoints
 from lightning_metaopt.recording import Moment
 from lightning_metaopt.rules.control import GradientPerturbation
+from lightning_metaopt.tree import escape
 
 __all__ = ["Controller", "Mode", "Options"]
 
@@ -219,11 +220,11 @@ class Controller(StepEngine):
         found = GradientPerturbation(self.options.history, self.unit or 0.0, decay, kind, shapes, bf16=self.options.bf16, base=base)
         value = self.coefficients.value.detach().cpu()
         with torch.no_grad():
-            if diagonal:
-                for own, part in zip(found.parameters(), value.split(self._flat.sizes, 1), strict=True):
-                    own.copy_(part.view_as(own))
+            if isinstance(found.coefficients, nn.ParameterDict):
+                for name, part in zip(shapes or {}, value.split(self._flat.sizes, 1), strict=True):
+                    found.coefficients[escape(name)].copy_(part.reshape(self.options.history, *(shapes or {})[name]))
             else:
-                next(found.parameters()).copy_(value)
+                found.coefficients.copy_(value)
         return found
 
     def _named(self) -> list[tuple[str, Tensor]]:

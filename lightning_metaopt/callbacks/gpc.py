@@ -69,7 +69,8 @@ class GPCMetaOpt(DrawnStepCallback):
 
     Rollouts repeat all batches of an accumulated step, with clipping, in the precision of training and averaged over processes.
     (Clipping that a module does itself is a constant factor when they are differentiated.) A step whose gradients or
-    meta-gradients are not finite leaves :math:`M` as it was, and is counted.
+    meta-gradients are not finite leaves :math:`M` as it was, and is counted. A run that is resumed on several processes has the
+    past batches (and the fixed batch) of process 0 on each of them.
 
     Raises:
         ValueError: for options out of range; when ``fit`` starts, for manual optimisation unless ``mode="gram"``. See
