@@ -51,8 +51,7 @@ class StepEngine(ABC):
     def __init__(self, optimizer: Optimizer) -> None:
         check(optimizer)
         self.optimizer = optimizer
-        self.active = True
-        self.watched = False
+        self.active, self.watched, self._stepping = True, False, False
         self.steps = 0
         self._old: dict[Tensor, Tensor] = {}
         self._base: dict[int, float] = {}  # learning rates that groups without scheduler began with
@@ -61,8 +60,8 @@ class StepEngine(ABC):
     def attach(self) -> None:
         """Follow the optimizer from now on."""
         if not self._handles:
-            self._handles = [self.optimizer.register_step_pre_hook(self._before)]
-            self._handles.append(self.optimizer.register_step_post_hook(self._after))
+            optimizer = self.optimizer
+            self._handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
 
     def detach(self) -> None:
         """Leave the optimizer alone from now on; what was learned stays here."""
@@ -98,6 +97,7 @@ class StepEngine(ABC):
     def _before(self, optimizer: Optimizer, *_: Any) -> None:
         if not self.active:
             return
+        self._stepping = True
         for param in self.params():
             old = self._old.get(param)
             if is_lazy(param) or not param.requires_grad:
@@ -109,8 +109,9 @@ class StepEngine(ABC):
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, *_: Any) -> None:
-        if not self.active:
+        if not (self.active and self._stepping):  # torch calls the hooks twice where a step calls super().step()
             return
+        self._stepping = False
         moves = []
         for number, group in enumerate(optimizer.param_groups):
             lr = float(group.get("lr", 1.0))
@@ -173,8 +174,7 @@ class StepCallback(Callback, ABC):
         self.engines: list[Any] = []
         self._loaded: dict[str, Any] | None = None
         self._trained = False  # whether the engines know more than what was loaded
-        self._batches = self._begun = 0  # that ended in a step: all, and when training started
-        self._global_step = 0
+        self._batches = self._begun = self._global_step = 0  # batches that ended in a step: all, and when training started
 
     @abstractmethod
     def engine(self, optimizer: Optimizer) -> StepEngine:

@@ -272,3 +272,26 @@ def test_base_rates_and_the_sign_of_optimizers_that_maximise() -> None:
     assert (move.lr, move.base_lr) == (0.1, 0.2)
     assert move.grad.tolist() == [-1, -1]
     assert move.param.tolist() == pytest.approx([0.1, 0.1])
+
+
+class Derived(torch.optim.SGD):
+    """An optimizer that takes its parent's step: torch calls the hooks of both."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+def test_a_step_within_a_step_is_followed_once():
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))])  # torch wraps the parent's step when the first of them is made
+    ends = []
+    for kind in (torch.optim.SGD, Derived):
+        x = nn.Parameter(torch.tensor([1.0]))
+        optimizer = kind([x], lr=0.1)
+        engine = OptimisticMetaGrad.attach(optimizer)
+        for _ in range(5):
+            optimizer.zero_grad()
+            (x.square().sum() / 2).backward()
+            optimizer.step()
+        assert engine.steps == 5
+        ends.append(x.detach().clone())
+    assert torch.equal(*ends) and not torch.equal(ends[0], torch.tensor([0.9**5]))
