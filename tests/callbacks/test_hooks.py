@@ -294,4 +294,5 @@ def test_a_step_within_a_step_is_followed_once():
             optimizer.step()
         assert engine.steps == 5
         ends.append(x.detach().clone())
-    assert torch.equal(*ends) and not torch.equal(ends[0], torch.tensor([0.9**5]))
+    assert torch.equal(*ends)
+    assert not torch.equal(ends[0], torch.tensor([0.9**5]))
