@@ -27,9 +27,9 @@ __all__ = ["TrainerEvaluation"]
 class TrainerEvaluation(Evaluation):
     """Trains a fresh copy of a LightningModule with each optimizer, then tests it.
 
-    The runs of one seed differ in nothing but the optimizer: same initial weights, same order of the data. A rule comes
-    in through :class:`~lightning_metaopt.SwapOptimizer`; the module is not touched. The data modules are made once, and
-    every run has a copy.
+    The runs of one seed differ in nothing but the optimizer: same initial weights, same order of the data, and no schedule of
+    the module's own (a method may bring one). A rule comes in through :class:`~lightning_metaopt.SwapOptimizer`. The data
+    modules are made once, and every run has a copy.
 
     Args:
         module: makes the module, a class_path with init_args.
@@ -94,6 +94,8 @@ class TrainerEvaluation(Evaluation):
         seed_everything(stream(split, seed) % 2**32, verbose=False)  # last before the module: what made the rest may have drawn
         module = self.module()
         if rule is not None:
+            # A module's own schedule is for its own optimizer. It would scale a rule's updates too, but has no part in other runs.
+            module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=1.0)  # type: ignore[method-assign]
             callbacks.append(SwapOptimizer(rule))
         else:
             # As LightningCLI does: the instance's method, so that any module can be given any optimizer.

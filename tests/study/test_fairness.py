@@ -145,3 +145,16 @@ def test_seeds_differ_in_everything(data):
     assert first.weights != second.weights
     assert not set(first.batches) & set(second.batches)
     assert first.masks != second.masks
+
+
+@pytest.mark.filterwarnings("ignore:.*training images")
+def test_a_schedule_of_the_module_acts_on_no_optimizer():
+    warm_up = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: step / 4000)
+    module = partial(ImageClassifier, schedule=warm_up, schedule_every="step")
+    options = {"steps": 20, "smooth": 5, "trainer": {"accelerator": "cpu"}}
+    evaluation = TrainerEvaluation(lambda: module(MLP([16, 10])), DATA["of the package"], DATA["of the package"], **options)
+    rule = lmo.rules.GradientDescent(lr=0.1)
+    swapped = evaluation.run(None, Candidate(rule=lambda: rule, callbacks=list), rule, 0, "test")
+    plain = evaluation.run(None, Candidate(optimizer=sgd, callbacks=list), None, 0, "test")
+    for one, other in zip(swapped.curves["training loss"], plain.curves["training loss"], strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
