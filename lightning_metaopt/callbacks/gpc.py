@@ -67,13 +67,13 @@ class GPCMetaOpt(DrawnStepCallback):
         log: log the profile :math:`\\eta e_1 + M`, its sum, and counts.
         draw: file for a picture of it, see :class:`~lightning_metaopt.callbacks.drawing.DrawnStepCallback`.
 
-    Rollouts repeat all batches of an accumulated step, with clipping, in the precision of training and averaged over processes.
+    Rollouts repeat all batches of an accumulated step, with clipping, in the precision of training. Learning is for one process.
     (Clipping that a module does itself is a constant factor when they are differentiated.) A step whose gradients or
-    meta-gradients are not finite leaves :math:`M` as it was, and is counted. A run that is resumed on several processes has the
-    past batches (and the fixed batch) of process 0 on each of them.
+    meta-gradients are not finite leaves :math:`M` as it was, and is counted.
 
     Raises:
-        ValueError: for options out of range; when ``fit`` starts, for manual optimisation unless ``mode="gram"``. See
+        ValueError: for options out of range; when ``fit`` starts, for several processes, and for manual optimisation unless
+            ``mode="gram"``. See
             :class:`~lightning_metaopt.callbacks.hooks.StepCallback` for others when ``fit`` starts.
 
     >>> from lightning.pytorch.demos.boring_classes import BoringModel
@@ -163,6 +163,13 @@ class GPCMetaOpt(DrawnStepCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
+        if (
+            trainer.world_size > 1 and self.freeze_after != 0
+        ):  # two processes were found to learn other coefficients than one with the same batches
+            raise ValueError(
+                "GPCMetaOpt learns on one process only: use devices=1, save() what was learned, and train on several processes "
+                "with coefficients= and freeze_after=0"
+            )
         self._episode = self._micro = 0
         if not pl_module.automatic_optimization and (self.options.mode != "gram" or self.fixed or self.episode_steps):
             raise ValueError(
