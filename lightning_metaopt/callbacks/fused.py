@@ -235,6 +235,8 @@ def _put(param: Tensor, old: Tensor, direction: Tensor, length: Number) -> None:
 def numbers(rows: Sequence[Tensor | None]) -> list[list[float]]:
     """Values of tensors of one length, in one go, for each is a wait for the device; there may be several devices."""
     known = [row for row in rows if row is not None]
+    if len(known) == 1:
+        return [known[0].tolist()]
     found: list[list[float]] = torch.stack([row.to(known[0].device) for row in known]).tolist() if known else []
     return found
 

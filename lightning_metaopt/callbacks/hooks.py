@@ -14,6 +14,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_metaopt.callbacks.logs import publish
+
 __all__ = ["Move", "StepCallback", "StepEngine"]
 
 
@@ -51,8 +53,7 @@ class StepEngine(ABC):
     def __init__(self, optimizer: Optimizer) -> None:
         check(optimizer)
         self.optimizer = optimizer
-        self.active, self.watched, self._stepping = True, False, False
-        self.steps = 0
+        self.active, self.watched, self._stepping, self.steps = True, False, False, 0
         self._old: dict[Tensor, Tensor] = {}
         self._base: dict[int, float] = {}  # learning rates that groups without scheduler began with
         self._handles: list[RemovableHandle] = []
@@ -114,7 +115,7 @@ class StepEngine(ABC):
         self._stepping = False
         moves = []
         for number, group in enumerate(optimizer.param_groups):
-            lr = float(group.get("lr", 1.0))
+            lr, momentum = float(group.get("lr", 1.0)), has_momentum(group)
             base = float(group.get("max_lr", group.get("initial_lr", self._base.setdefault(number, lr))))
             for param in group["params"]:
                 # A lazy parameter has got its shape in this very step: its first update stays as it is.
@@ -123,7 +124,7 @@ class StepEngine(ABC):
                 if param.grad.layout != torch.strided:
                     raise RuntimeError(f"{type(self).__name__} needs dense gradients: use sparse=False in embeddings")
                 grad = -param.grad.detach() if group.get("maximize") else param.grad.detach()
-                moves.append(Move(param, self._old[param], grad, lr, base, has_momentum(group)))
+                moves.append(Move(param, self._old[param], grad, lr, base, momentum))
         if moves:
             self.steps += 1
             with torch.autocast(moves[0].param.device.type, enabled=False):  # manual optimisation steps inside autocast
@@ -271,8 +272,7 @@ class StepCallback(Callback, ABC):
     def report(self, pl_module: LightningModule, number: int, measured: dict[str, float]) -> None:
         """Log what an engine has measured."""
         prefix = f"{type(self).__name__}/" + (f"optimizer{number}/" if len(self.engines) > 1 else "")
-        for name, value in measured.items():
-            pl_module.log(prefix + name, value, on_step=True, on_epoch=False)
+        publish(pl_module.trainer, {prefix + name: value for name, value in measured.items()}, self._batches - 1)
 
     @staticmethod
     def _is_due(trainer: Trainer, batches: int) -> bool:

@@ -41,11 +41,19 @@ class Parts:
     def __init__(self, scope: str) -> None:
         self.scope = scope
         self.pieces: dict[Tensor, Piece] = {}
+        # The moves of the last step by identity, and which of them are in which piece.
+        self._key: list[tuple[int, int]] = []
+        self._arranged: list[tuple[Piece, list[int]]] = []
         self._olds: dict[Tensor, Tensor] = {}  # the snapshots, which the hooks fill
         self._waiting: dict[int, dict[str, Any]] = {}  # loaded, for parameters that are lazy or not there yet
 
     def arrange(self, moves: list[Move], groups: list[dict[str, Any]], olds: dict[Tensor, Tensor]) -> list[Part]:
         """The pieces that take part in a step. Their snapshots replace those in ``olds``, to be filled before the next steps."""
+        key = [(id(move.param), id(move.old)) for move in moves]
+        if key == self._key:
+            found = [(piece, [moves[number] for number in numbers]) for piece, numbers in self._arranged]
+            if all(_fits(piece, own) for piece, own in found):
+                return [Part(piece, own) for piece, own in found]
         new = []
         for move in moves:
             if move.param not in self.pieces:
@@ -62,11 +70,15 @@ class Parts:
                     self._keep([place(move.param, move.old, None, {}, 0)], olds)
         if new:
             self._add([(move.param, move.old) for move in new], groups, olds)
-        found = self._grouped(moves)
-        broken = [piece for piece, own in found.items() if not _fits(piece, own)]
-        for piece in broken:
-            self._break(piece, olds)
-        return [Part(piece, own) for piece, own in (self._grouped(moves) if broken else found).items()]
+        grouped = self._grouped(moves)
+        for piece, own in grouped.items():
+            if not _fits(piece, own):
+                self._break(piece, olds)
+        grouped = self._grouped(moves)
+        place_of = {move.param: number for number, move in enumerate(moves)}
+        self._arranged = [(piece, [place_of[move.param] for move in own]) for piece, own in grouped.items()]
+        self._key = [(id(move.param), id(olds[move.param])) for move in moves]
+        return [Part(piece, own) for piece, own in grouped.items()]
 
     def _grouped(self, moves: list[Move]) -> dict[Piece, list[Move]]:
         found: dict[Piece, list[Move]] = {}
@@ -122,7 +134,7 @@ class Parts:
 
     def load(self, states: list[dict[str, Any]], groups: list[dict[str, Any]], olds: dict[Tensor, Tensor]) -> None:
         """Continue from :meth:`states`; those of parameters that are lazy or not there yet wait for them."""
-        self.pieces, self._olds = {}, {}
+        self.pieces, self._olds, self._key = {}, {}, []
         self._waiting = {number: copied(saved) for number, saved in enumerate(states) if saved}
         params = [param for group in groups for param in group["params"]]
         known = [(param, torch.empty_like(param)) for param in params if not is_lazy(param)]

@@ -11,12 +11,13 @@ from torch import Tensor
 
 __all__ = ["Factors", "Piece", "pack", "place", "precise"]
 
+_WIDE = (torch.float32, torch.float64)
 SMALL = 16_384  # numbers; parameters up to this size share a piece, for there calls cost more than arithmetic
 
 
 def precise(tensor: Tensor) -> Tensor:
     """In float32 at least."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor if tensor.dtype in _WIDE else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def order_of(tensor: Tensor) -> list[int] | None:

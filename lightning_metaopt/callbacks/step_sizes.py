@@ -191,13 +191,16 @@ class StepSizes(StepEngine):
     # For both -----------------------------------------------------------------------------------------------------------------
     def _begin(self, factors: Factors, part: Part) -> None:
         """State of the factors, if there is none yet, and a place for the hint."""
+        corrects = self.hint is not None and self.hint.corrects(part.momentum)
+        if factors.slots and corrects == ("hint" in factors.slots):
+            return
         like = precise(part.piece.old) if self.scope == "element" else precise(part.piece.old).new_ones(())
-        if not factors.slots.keys() - {"hint"}:
+        if not factors.slots:
             factors.slots.update(self.update.start(like))
-        if self.hint is None or not self.hint.corrects(part.momentum):
-            factors.slots.pop("hint", None)
-        elif "hint" not in factors.slots:
+        if corrects:
             factors.slots["hint"] = torch.zeros_like(like)
+        else:
+            factors.slots.pop("hint", None)
 
     def _holder(self, piece: Piece) -> Factors:
         return self._shared if self.scope == "optimizer" else piece

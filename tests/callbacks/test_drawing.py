@@ -11,7 +11,7 @@ import pytest
 import torch
 from step_cases import PACKAGES, fit, gan, module, sgd
 
-from lightning_metaopt.callbacks import HypergradientDescent, OptimisticMetaGrad
+from lightning_metaopt.callbacks import HypergradientDescent, OptimisticMetaGrad, hooks
 from lightning_metaopt.callbacks.drawing import POINTS, History, draw
 
 
@@ -35,22 +35,23 @@ class Seen:
         }
 
 
-def recording(net: Any) -> dict[str, list[float]]:
+def recording(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
     kept: dict[str, list[float]] = {}
-    log = net.log
+    publish = hooks.publish
 
-    def keep(name: str, value: Any, **options: Any) -> None:
-        kept.setdefault(name, []).append(float(value))
-        log(name, value, **options)
+    def keep(trainer: Any, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            kept.setdefault(name, []).append(value)
+        publish(trainer, values, step)
 
-    net.log = keep
+    monkeypatch.setattr(hooks, "publish", keep)
     return kept
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_lines_are_what_was_logged(package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen, net = Seen(monkeypatch), module(sgd(0.3), package=package)
-    kept = recording(net)
+    kept = recording(monkeypatch)
     callback = OptimisticMetaGrad(draw=tmp_path / "steps.png")
     fit(net, callback, package=package, log_every_n_steps=2, max_epochs=3)
     drawn = seen.lines()
