@@ -19,8 +19,10 @@ from lightning_metaopt.study.spec import Recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:.*test images are also training")
 
-FOLDER = Path(__file__).parent.parent / "recipes" / "full_scale"
-RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+FOLDER = Path(__file__).parent.parent / "recipes"
+FILES = {path.stem: path for path in (FOLDER / "full_scale").glob("*.yaml")}
+FILES |= {f"optimistic_{name}": FOLDER / "optimistic" / f"{name}.yaml" for name in ("cifar10", "imagenet")}
+RECIPES = sorted(FILES)
 STEPS = 36
 
 SMALL = {  # laid over the options of each class of a recipe
@@ -49,7 +51,8 @@ TRIED = {  # a method with options for which so few steps show something
     "metamd_diverse_digits": ("Adam", {"lr": 0.003}),
     "metamd_high_resolution": ("SGD-M", {"lr": 0.05}),
     "metamd_rotated_mnist": ("SGD-M", {"lr": 0.05}),
-    "optimistic_imagenet": ("Nesterov, warm-up and cosine", {"lr": 0.1}),
+    "optimistic_cifar10": ("OptimisticMetaGrad without arguments", {"lr": 0.05}),
+    "optimistic_imagenet": ("OptimisticMetaGrad without arguments", {"lr": 0.05}),
 }
 SIZES = {  # parameters at full scale
     "gpc_mnist": {89_610},
@@ -59,6 +62,7 @@ SIZES = {  # parameters at full scale
     "metamd_diverse_digits": {61_706},
     "metamd_high_resolution": {11_176_512 + 513 * classes for classes in (256, 47, 102, 83)},
     "metamd_rotated_mnist": {89_610},
+    "optimistic_cifar10": {11_173_962},
     "optimistic_imagenet": {25_557_032},
 }
 
@@ -79,7 +83,7 @@ def _in_place_of_the_hub(copies, tmp_path_factory, monkeypatch):
 
 
 def text(name):
-    return yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    return yaml.safe_load(FILES[name].read_text(encoding="utf-8"))
 
 
 def small(value):
@@ -158,7 +162,8 @@ def test_it_learns_and_resumes_exactly(request, recipe, tmp_path):
 
         module.configure_optimizers = optimizers
         saved = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=10, save_top_k=-1)
-        return module, fit(module, data, steps, [saved] if save else [], ckpt_path, enable_checkpointing=save)
+        callbacks = [*candidate.callbacks(), *([saved] if save else [])]
+        return module, fit(module, data, steps, callbacks, ckpt_path, enable_checkpointing=save)
 
     whole, straight = run(STEPS)
     assert len(straight.losses) == STEPS
@@ -181,7 +186,7 @@ def test_it_is_judged_and_says_on_which_data(request, recipe):
     assert all("read from a local folder" in words for words in sources.values())
 
 
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if "family" in (FOLDER / f"{name}.yaml").read_text()], indirect=True)
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if "family" in FILES[name].read_text()], indirect=True)
 def test_its_families_can_be_meta_trained_on(recipe):
     for problem in recipe.problems.values():
         rule = lmo.rules.GradientDescent(lr=0.01)
