@@ -55,9 +55,9 @@ class OptimisticMetaGrad(DrawnStepCallback):
         optimizer_index: which of several optimizers to follow; ``None`` for all, each with factors of its own.
         log: log quantiles of the factors (or the factors), ``cosine`` of gradient and last direction, ``clip_rate``.
         draw: file for a picture of what was logged, see :class:`~lightning_metaopt.callbacks.drawing.DrawnStepCallback`.
-        compile: whether ``torch.compile`` makes the passes over memory: twice as fast in the element-wise form, after some 15 seconds
-            at the first start. ``"auto"`` compiles from 5 million parameters on. Without a C++ compiler training goes on in the
-            slower form, after a warning.
+        compile: whether ``torch.compile`` makes the passes over memory: twice as fast in the element-wise form, after some 15
+            seconds at the first start. ``"auto"`` compiles from 5 million parameters on. Without a C++ compiler training goes on in
+            the slower form, after a warning.
 
     The printed formulas have :math:`\\varphi = + w \\nabla f`; the sign that descends is used here. A decay of the learning rate is
     not undone: the meta-gradient does not depend on it. Costs in the element-wise form: 4 numbers for each parameter for
