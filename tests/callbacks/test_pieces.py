@@ -147,6 +147,19 @@ def test_a_large_gradient_does_not_hold_the_factors_for_good() -> None:
     assert (engine.factors()[param] < before).all()
 
 
+@pytest.mark.parametrize("scope", ["element", "tensor"])
+def test_factors_out_of_range_move_nothing(scope: Any) -> None:
+    param = nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.SGD([param], 1.0)
+    engine = OptimisticMetaGrad.attach(optimizer, mode="standard", update="raw", meta_lr=1e30, trust=0.1, scope=scope)
+    for _ in range(2):
+        kept = param.detach().clone()
+        param.grad = torch.full((4,), 1e8)
+        optimizer.step()
+    assert engine.clipped == 2
+    assert torch.equal(param, kept)
+
+
 class Gather(Callback):
     """What every process has learned, compared in every process."""
 
