@@ -9,6 +9,8 @@ from lightning_metaopt.rules.convex import DCOGeneralDescent, DCOGradient, DCOMo
 from lightning_metaopt.rules.disturbance import DisturbanceFeedback
 from lightning_metaopt.rules.meta_curvature import MetaCurvature
 from lightning_metaopt.rules.meta_sgd import MetaSGD
+from lightning_metaopt.rules.mirror import DenseMirror, DiagonalMirror, QuadraticMirror
+from lightning_metaopt.rules.mirror_kronecker import KroneckerMirror
 from lightning_metaopt.rules.program import ConvexProgram
 from lightning_metaopt.rules.scaling import ElementwiseScale
 from lightning_metaopt.rules.sign import AddSign, PowerSign
@@ -24,11 +26,14 @@ __all__ = [
     "DCOGeneralDescent",
     "DCOGradient",
     "DCOMomentum",
+    "DenseMirror",
+    "DiagonalMirror",
     "DisturbanceFeedback",
     "ElementwiseScale",
     "GradientDescent",
     "GradientPerturbation",
     "HeavyBall",
+    "KroneckerMirror",
     "L1Ball",
     "MetaAdaGrad",
     "MetaCurvature",
@@ -36,6 +41,7 @@ __all__ = [
     "NonNegative",
     "PowerSign",
     "ProximalL1",
+    "QuadraticMirror",
     "RMSprop",
     "Simplex",
     "TrustRegion",
