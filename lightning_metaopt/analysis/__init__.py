@@ -1,5 +1,13 @@
 """What can be computed about an optimizer beside its losses."""
 
+from lightning_metaopt.analysis.mirror_bounds import (
+    GapCurve,
+    convergence_bound,
+    follow_gap,
+    largest_step,
+    new_task_bound,
+    plot_gaps,
+)
 from lightning_metaopt.analysis.stability import (
     Stability,
     controlled_dynamics,
@@ -13,11 +21,17 @@ from lightning_metaopt.analysis.stability import (
 )
 
 __all__ = [
+    "GapCurve",
     "Stability",
     "controlled_dynamics",
+    "convergence_bound",
     "descent_dynamics",
+    "follow_gap",
     "hessian",
+    "largest_step",
     "momentum_dynamics",
+    "new_task_bound",
+    "plot_gaps",
     "plot_stability",
     "product_norms",
     "sequential_stability",
