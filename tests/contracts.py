@@ -120,6 +120,7 @@ def _unsized(cls: type[Rule], **options: Any) -> Callable[[Shapes], Rule]:
     return lambda _: cls(**options)
 
 
+SIMPLEX = tasks.SimplexLeastSquares(dim=4, rows=24, spread=0.0, double=True)
 BOX = (torch.cat([torch.eye(4), -torch.eye(4)]), torch.full((8,), 1.5))
 PROGRAM = {"family": QUADRATICS, "steps": 1, "precision": 1e-7, "meta_precision": 2e-4, "lowers": 15, "float32": False}
 
@@ -147,6 +148,14 @@ RULES = [
     RuleRow("DiagonalMirror, momentum", partial(rules.DiagonalMirror, lr=0.05, momentum=0.7)),
     RuleRow("DenseMirror", partial(rules.DenseMirror, lr=0.1)),
     RuleRow("DenseMirror, momentum", partial(rules.DenseMirror, lr=0.05, metric=0.8, momentum=0.7)),
+    RuleRow(
+        "EntropyMirror",
+        partial(rules.EntropyMirror, lr=0.5),
+        SIMPLEX,
+        few=True,
+        quadratics=SIMPLEX,
+    ),
+    RuleRow("PNormMirror", partial(rules.PNormMirror, lr=0.05, p=1.6), few=True),
     RuleRow("ARUBA", partial(rules.ARUBA, lr=0.1, zeta=5.0)),
     RuleRow("ARUBA++", partial(rules.ARUBA, lr=0.2, zeta=5.0, within=2.0)),
     RuleRow("DCOGradient", partial(rules.DCOGradient, scale=3.0), few=True),

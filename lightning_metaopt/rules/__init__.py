@@ -11,6 +11,7 @@ from lightning_metaopt.rules.meta_curvature import MetaCurvature
 from lightning_metaopt.rules.meta_sgd import MetaSGD
 from lightning_metaopt.rules.mirror import DenseMirror, DiagonalMirror, QuadraticMirror
 from lightning_metaopt.rules.mirror_kronecker import KroneckerMirror
+from lightning_metaopt.rules.mirror_maps import EntropyMirror, PNormMirror
 from lightning_metaopt.rules.program import ConvexProgram
 from lightning_metaopt.rules.scaling import ElementwiseScale
 from lightning_metaopt.rules.sign import AddSign, PowerSign
@@ -30,6 +31,7 @@ __all__ = [
     "DiagonalMirror",
     "DisturbanceFeedback",
     "ElementwiseScale",
+    "EntropyMirror",
     "GradientDescent",
     "GradientPerturbation",
     "HeavyBall",
@@ -39,6 +41,7 @@ __all__ = [
     "MetaCurvature",
     "MetaSGD",
     "NonNegative",
+    "PNormMirror",
     "PowerSign",
     "ProximalL1",
     "QuadraticMirror",
