@@ -3,7 +3,7 @@
 from lightning_metaopt import analysis, baselines, episode, metagrads, objectives, rules, tasks
 from lightning_metaopt.callbacks import EvaluationWeights, GPCMetaOpt, HypergradientDescent, OptimisticMetaGrad, SwapOptimizer
 from lightning_metaopt.loop import MetaLearner, MetaLoop
-from lightning_metaopt.metagrads import Counterfactual, Estimate, ForwardMode, MetaGradient, Unrolled, ZerothOrder
+from lightning_metaopt.metagrads import Counterfactual, Estimate, ForwardMode, Implicit, MetaGradient, Unrolled, ZerothOrder
 from lightning_metaopt.online import OptimisticFTRL
 from lightning_metaopt.optimizer import LearnedOptimizer
 from lightning_metaopt.rule import Rule
@@ -17,6 +17,7 @@ __all__ = [
     "ForwardMode",
     "GPCMetaOpt",
     "HypergradientDescent",
+    "Implicit",
     "LearnedOptimizer",
     "MetaGradient",
     "MetaLearner",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from contracts import NETS
-from oracles import Reference, of_rollouts, of_statistics, of_the_objective, of_windows, with_recorded_gradients
+from oracles import Reference, of_displacement, of_rollouts, of_statistics, of_the_objective, of_windows, with_recorded_gradients
 
 import lightning_metaopt as lmo
 from lightning_metaopt import metagrads, rules
@@ -59,6 +59,12 @@ METAGRADS = [
     MetaGradRow("Unrolled, chunks", lambda steps: metagrads.Unrolled(steps, chunk=2)),
     MetaGradRow("ForwardMode", metagrads.ForwardMode, whole=True, begin=2),
     MetaGradRow("ForwardMode, no carry", lambda steps: metagrads.ForwardMode(steps, carry=False)),
+    MetaGradRow(
+        "Implicit",
+        lambda steps: metagrads.Implicit(steps, solver=metagrads.ConjugateGradient(tolerance=1e-12)),
+        of_displacement,
+        rule=partial(rules.KroneckerMirror, NETS.shapes, lr=0.1, norm=1.0, momentum=0.7),
+    ),
     MetaGradRow("ZerothOrder", lambda steps: metagrads.ZerothOrder(steps, pairs=150, sigma=1e-3), precision=0.35, steps=2),
     MetaGradRow(
         "ZerothOrder, persistent",

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_metaopt.episode import Episode, unroll
 from lightning_metaopt.objectives import Objective
 from lightning_metaopt.rule import Rule, under
-from lightning_metaopt.tree import escape, tree_map
+from lightning_metaopt.tree import Layout, escape, shapes_of, tree_map
 
 Run = Callable[[dict[str, Tensor]], Tensor]
 Reference = Callable[[Rule, Episode, Objective, int], dict[str, Tensor]]
@@ -164,3 +164,32 @@ def with_recorded_gradients(rule: Rule, episode: Episode, objective: Objective, 
         return under(rule, phi, loop)
 
     return finite_differences(run, values_of(rule))
+
+
+def of_displacement(rule: Rule, episode: Episode, objective: Objective, steps: int) -> dict[str, Tensor]:
+    """MetaMD's implicit gradient by differences: :math:`\\partial E/\\partial\\phi - \\partial_\\phi(w^\\top M\\Delta)` with
+    :math:`w = M^{-1}\\partial E/\\partial\\theta` from the whole matrix, problem by problem.
+    """
+    end, losses = unroll(rule, episode, steps)
+    phi, layout = values_of(rule), Layout.of(shapes_of(end.params))
+    last, travelled = layout.flatten(end.params), layout.flatten(end.params) - layout.flatten(end.origin)
+
+    def value(moved: dict[str, Tensor], at: Tensor) -> Tensor:
+        there = replace(end, params=layout.unflatten(at))
+        return under(rule, moved, lambda bound: objective(bound, episode, there, losses)).mean().detach()
+
+    def divergence(moved: dict[str, Tensor], flat: Tensor) -> Tensor:
+        return under(rule, moved, lambda bound: bound.divergence(layout.unflatten(flat))).detach()
+
+    basis = torch.eye(layout.size, dtype=last.dtype)
+    own = divergence(phi, basis)
+    pairs = (basis.unsqueeze(1) + basis.unsqueeze(0)).reshape(-1, layout.size)
+    matrix = divergence(phi, pairs).view(layout.size, layout.size) - own - own.unsqueeze(1)
+    at_end = finite_differences(lambda there: value(phi, there["last"]), {"last": last})["last"]
+    solution = torch.linalg.solve(matrix, at_end.mT).mT
+
+    def run(moved: dict[str, Tensor]) -> Tensor:
+        mixed = divergence(moved, solution + travelled) - divergence(moved, solution) - divergence(moved, travelled)
+        return value(moved, last) - mixed.sum()
+
+    return finite_differences(run, phi)

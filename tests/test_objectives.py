@@ -3,7 +3,16 @@ import torch
 
 import lightning_metaopt as lmo
 from lightning_metaopt.episode import start, unroll
-from lightning_metaopt.objectives import FinalLoss, LogLoss, MeanLoss, Objective, SumLoss, ValidationLoss, resolve_objective
+from lightning_metaopt.objectives import (
+    FinalLoss,
+    LogLoss,
+    MeanLoss,
+    MirrorBound,
+    Objective,
+    SumLoss,
+    ValidationLoss,
+    resolve_objective,
+)
 from lightning_metaopt.task import Task
 
 
@@ -72,9 +81,62 @@ def test_short_names():
     own = LogLoss(eps=1.0)
     assert resolve_objective(own) is own
     for bad in ("average", None, 3):
-        with pytest.raises(ValueError, match="choose one of final, sum, mean, log, validation or pass an Objective"):
+        with pytest.raises(ValueError, match="choose one of final, sum, mean, log, validation, bound or pass an Objective"):
             resolve_objective(bad)
 
 
 def test_an_objective_is_abstract_or_final():
     assert all(cls.__final__ for cls in Objective.__subclasses__() if cls.__module__.startswith("lightning_metaopt"))
+
+
+def mirror_window():
+    torch.manual_seed(0)
+    shapes = {"w": (3, 2), "b": (3,)}
+    rule = lmo.rules.KroneckerMirror(shapes, lr=0.1, norm=1.0).double()
+    with torch.no_grad():
+        for value in rule.parameters():
+            value.add_(0.3 * torch.randn_like(value))
+    origin = {name: torch.randn(2, *shape, dtype=torch.float64) for name, shape in shapes.items()}
+    middle, params = ({name: torch.randn_like(leaf) for name, leaf in origin.items()} for _ in range(2))
+    task = Drift({"theta": torch.zeros(2)})
+    begin, end = (lmo.episode.Episode(task, at, {}, {}, step, origin) for step, at in ((5, middle), (9, params)))
+    return rule, begin, end
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_the_mirror_bound_against_dense_matrices(squared):
+    rule, begin, end = mirror_window()
+    # The metric of a weight: e^-sigma (I + bb^T) kron (I + aa^T) for entries in row-major order.
+    a, b = rule.inputs["w"], rule.outputs["w"]
+    eye = torch.eye(3, dtype=torch.float64)
+    block = torch.kron(eye + b @ b.mT, torch.eye(2, dtype=torch.float64) + a @ a.mT) * (-rule.log_scale["w"]).exp()
+    dense = torch.block_diag(block, (-rule.log_scale["b"]).exp() * eye)
+    travelled = torch.cat([(end.params[name] - end.origin[name]).reshape(2, -1) for name in ("w", "b")], 1)
+    distance = torch.linalg.matrix_norm(dense - torch.eye(9, dtype=torch.float64))
+    wanted = (travelled @ dense * travelled).sum(1) / 2
+    wanted = wanted + 0.3 / torch.linalg.eigvalsh(dense)[0] + 0.2 * (distance.square() if squared else distance)
+    found = MirrorBound(k=0.3, gamma=0.2, squared=squared)(rule, begin, end, torch.zeros(4, 2))
+    torch.testing.assert_close(found, wanted)
+    slopes = (torch.autograd.grad(value.sum(), list(rule.parameters()), retain_graph=True) for value in (found, wanted))
+    torch.testing.assert_close(*slopes)
+
+
+def test_the_mirror_bound_at_the_identity_has_a_derivative():
+    rule = lmo.rules.DiagonalMirror({"w": (2,)})
+    task = Drift({"theta": torch.zeros(1)})
+    still = lmo.episode.Episode(task, {"w": torch.ones(1, 2)}, {}, {}, 0, {"w": torch.ones(1, 2)})
+    value = MirrorBound(k=1.0, gamma=1.0)(rule, still, still, torch.zeros(0, 1))
+    assert value.tolist() == [1.0]
+    assert torch.autograd.grad(value.sum(), rule.log_metric["w"])[0].isfinite().all()
+
+
+def test_the_mirror_bound_refuses_what_it_cannot_judge(window):
+    with pytest.raises(TypeError, match="DiagonalMirror"):
+        MirrorBound()(*window)
+    with pytest.raises(ValueError, match="gamma"):
+        MirrorBound(gamma=-1.0)
+    rule, begin, _ = mirror_window()
+    lost = lmo.episode.Episode(begin.task, begin.params, {}, {})
+    with pytest.raises(ValueError, match="where it began"):
+        MirrorBound()(rule, begin, lost, torch.zeros(4, 2))
+    assert type(resolve_objective("bound")) is MirrorBound

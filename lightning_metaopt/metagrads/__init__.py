@@ -4,16 +4,26 @@ from lightning_metaopt.metagrads.base import Estimate, MetaGradient, surrogate_l
 from lightning_metaopt.metagrads.counterfactual import Counterfactual
 from lightning_metaopt.metagrads.epochs import Epochs
 from lightning_metaopt.metagrads.forward import ForwardMode
+from lightning_metaopt.metagrads.implicit import Displacement, Implicit, Regularised, Stationarity
+from lightning_metaopt.metagrads.solvers import ConjugateGradient, Dense, Neumann, Solver
 from lightning_metaopt.metagrads.statistics import Statistics
 from lightning_metaopt.metagrads.unrolled import Unrolled
 from lightning_metaopt.metagrads.zeroth import ZerothOrder
 
 __all__ = [
+    "ConjugateGradient",
     "Counterfactual",
+    "Dense",
+    "Displacement",
     "Epochs",
     "Estimate",
     "ForwardMode",
+    "Implicit",
     "MetaGradient",
+    "Neumann",
+    "Regularised",
+    "Solver",
+    "Stationarity",
     "Statistics",
     "Unrolled",
     "ZerothOrder",
