@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import lightning.pytorch
 import torch
 from contracts import SmallNet
 from torch import nn
@@ -63,6 +64,23 @@ def _sentences(**options: Any) -> TaskFamily:
     return tasks.Translation(tasks.TokenSet(tokens, tokens.flip(0), pad=0, vocabulary_size=12), net, batch_size=4)
 
 
+class _Trained(lightning.pytorch.LightningModule):
+    """A user's module, with dropout and batch normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 1)).double()
+
+    def training_step(self, batch: Any) -> Any:
+        return (self.net(batch[0]) - batch[1]).square().mean()
+
+
+def _modules() -> TaskFamily:
+    inputs = torch.randn(40, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    domains = [list(zip((scale * inputs).split(8), inputs.sin().sum(1, keepdim=True).split(8), strict=True)) for scale in (1, 2)]
+    return tasks.ModuleFamily(_Trained(), domains)
+
+
 TASKS = [
     TaskRow("ConditionedQuadratic", lambda: tasks.ConditionedQuadratic(3, 20.0, basis_seed=1, double=True)),
     TaskRow("ConvexQuadratic", lambda: tasks.ConvexQuadratic(double=True)),
@@ -91,5 +109,6 @@ TASKS = [
     TaskRow("ImageDomains, some classes", lambda: _domains(classes=3, held_out=0.4)),
     TaskRow("Translation", lambda: _sentences(dropout=0.0), wiggle=1e-5),  # rectifiers have kinks
     TaskRow("Translation, dropout", _sentences, wiggle=1e-5),
+    TaskRow("ModuleFamily", _modules),
     TaskRow("SmallNet of the contracts", SmallNet),
 ]

@@ -7,6 +7,7 @@ from lightning_metaopt.tasks.domains import ImageDomains
 from lightning_metaopt.tasks.identification import SmoothInterpolation, SystemIdentification
 from lightning_metaopt.tasks.images import ImageClassification, ImageSet
 from lightning_metaopt.tasks.module import ModuleTask
+from lightning_metaopt.tasks.modules import ModuleFamily
 from lightning_metaopt.tasks.quadratic import ConvexQuadratic
 from lightning_metaopt.tasks.rotated import RotatedImages, rotate, rotated
 from lightning_metaopt.tasks.supervised import Supervised
@@ -20,6 +21,7 @@ __all__ = [
     "ImageDomains",
     "ImageSet",
     "LeastSquares",
+    "ModuleFamily",
     "ModuleTask",
     "NonNegativeLeastSquares",
     "RotatedImages",

@@ -51,7 +51,7 @@ class Network:
             is re-initialised by the ``reset_parameters`` of its parts, innermost first.
         inputs: a few example inputs with their leading axis of samples, at least two where the module normalises over
             samples. One forward pass on them finds out how much work a sample is and whether the module draws random
-            numbers.
+            numbers. ``None`` for a module that is not called on inputs: it counts as random, and its work as infinite.
         init_seed: where :meth:`shared` comes from; ``None`` for the module's own weights.
 
     Attributes:
@@ -63,7 +63,7 @@ class Network:
         ValueError: for a module without trainable parameters, with uninitialised (lazy) ones, or away from the CPU.
     """
 
-    def __init__(self, module: ModuleOrFactory, inputs: Tensor, init_seed: int | None = 0) -> None:
+    def __init__(self, module: ModuleOrFactory, inputs: Tensor | None, init_seed: int | None = 0) -> None:
         self.factory = None if isinstance(module, nn.Module) else module
         if isinstance(module, nn.Module):
             template = copy.deepcopy(module).cpu()
@@ -80,7 +80,7 @@ class Network:
         names = {id(value): name for name, value in reversed([*template.named_parameters(), *template.named_buffers()])}
         everything = (*template.named_parameters(remove_duplicate=False), *template.named_buffers(remove_duplicate=False))
         self.aliases = {name: names[id(value)] for name, value in everything if names[id(value)] != name}
-        self.random, self.work = self._probe(inputs)
+        self.random, self.work = (True, float("inf")) if inputs is None else self._probe(inputs)
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
