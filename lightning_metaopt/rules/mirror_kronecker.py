@@ -99,6 +99,14 @@ class KroneckerMirror(QuadraticMirror):
     def config(self) -> dict[str, Any]:
         return {**super().config, "rank": self.rank, "scales": self.log_scale is not None}
 
+    def transferred_to(self, module: nn.Module, *inputs: Any, seed: int = 0) -> KroneckerMirror:
+        """A rule for a network of another width or depth, with what of this one does not depend on sizes; ``inputs`` are
+        arguments of its forward pass. See :func:`~lightning_metaopt.rules.mirror_transfer.transferred`.
+        """
+        from lightning_metaopt.rules.mirror_transfer import transferred
+
+        return transferred(self, module, *inputs, seed=seed)
+
     def scale(self, name: str) -> Tensor:
         """:math:`e^{\\sigma}` of a parameter, a number."""
         if self.log_scale is None:
