@@ -7,17 +7,20 @@ from lightning_metaopt.rules.constraints import Box, Constraint, L1Ball, NonNega
 from lightning_metaopt.rules.control import GradientPerturbation
 from lightning_metaopt.rules.convex import DCOGeneralDescent, DCOGradient, DCOMomentum
 from lightning_metaopt.rules.disturbance import DisturbanceFeedback
+from lightning_metaopt.rules.l2o import L2O
 from lightning_metaopt.rules.meta_curvature import MetaCurvature
 from lightning_metaopt.rules.meta_sgd import MetaSGD
 from lightning_metaopt.rules.mirror import DenseMirror, DiagonalMirror, QuadraticMirror
 from lightning_metaopt.rules.mirror_kronecker import KroneckerMirror
 from lightning_metaopt.rules.mirror_maps import EntropyMirror, PNormMirror
 from lightning_metaopt.rules.program import ConvexProgram
+from lightning_metaopt.rules.rnnprop import RNNprop
 from lightning_metaopt.rules.scaling import ElementwiseScale
 from lightning_metaopt.rules.sign import AddSign, PowerSign
 
 __all__ = [
     "ARUBA",
+    "L2O",
     "AdaGrad",
     "Adam",
     "AddSign",
@@ -46,6 +49,7 @@ __all__ = [
     "ProximalL1",
     "QuadraticMirror",
     "RMSprop",
+    "RNNprop",
     "Simplex",
     "TrustRegion",
 ]

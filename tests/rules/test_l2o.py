@@ -1,0 +1,213 @@
+"""LSTM rules against a plain loop over coordinates with ``torch.nn.LSTMCell``."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_metaopt as lmo
+from lightning_metaopt import rules
+from lightning_metaopt.tree import tree_map
+
+SHAPES = {"weight": (3, 2), "bias": (3,), "gain": ()}
+
+
+class Plain:
+    """One coordinate at a time; ``see`` makes its features."""
+
+    def __init__(self, rule, see):
+        self.rule, self.see, self.cells = rule, see, []
+        for layer in rule.cells:
+            cell = nn.LSTMCell(layer.weight_input.shape[1], rule.hidden).double()
+            with torch.no_grad():
+                cell.weight_ih.copy_(layer.weight_input)
+                cell.weight_hh.copy_(layer.weight_hidden)
+                cell.bias_ih.copy_(layer.bias)
+                cell.bias_hh.zero_()
+            self.cells.append(cell)
+        self.states = [(torch.zeros(1, rule.hidden, dtype=torch.float64),) * 2 for _ in self.cells]
+        self.memory, self.steps = [0.0, 0.0], 0
+
+    def step(self, grad):
+        self.steps += 1
+        x = self.see(self, grad)
+        for index, cell in enumerate(self.cells):
+            self.states[index] = cell(x, self.states[index])
+            x = self.states[index][0]
+        return (x @ self.rule.out_weight.T + self.rule.out_bias)[0, 0]
+
+
+def rnnprop_features(plain, grad):
+    rule, t = plain.rule, plain.steps
+    plain.memory = [0.95 * plain.memory[0] + 0.05 * grad, 0.9 * plain.memory[1] + 0.1 * grad**2]
+    root = math.sqrt(plain.memory[1] / (1 - 0.9**t)) + 1e-8
+    seen = torch.tensor([[plain.memory[0] / (1 - 0.95**t) / root, grad / root]], dtype=torch.float64)
+    return nn.functional.elu(seen @ rule.in_weight.T + rule.in_bias)
+
+
+def l2o_features(plain, grad):
+    p = plain.rule.p
+    if abs(grad) >= math.exp(-p):
+        return torch.tensor([[math.log(abs(grad)) / p, math.copysign(1, grad)]], dtype=torch.float64)
+    return torch.tensor([[-1.0, math.exp(p) * grad]], dtype=torch.float64)
+
+
+def perturbed(rule):
+    rule = rule.double()
+    with torch.no_grad():
+        for value in rule.parameters():
+            value.add_(0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    return rule
+
+
+def rnnprop(**options):
+    return perturbed(rules.RNNprop(beta2=0.9, **options))
+
+
+CASES = [
+    pytest.param(rnnprop(), rnnprop_features, lambda rule, out: 0.01 * torch.tanh(out), id="RNNprop"),
+    pytest.param(rnnprop(layers=2, hidden=7), rnnprop_features, lambda rule, out: 0.01 * torch.tanh(out), id="RNNprop, two layers"),
+    pytest.param(
+        rnnprop(learn_scale=True),
+        rnnprop_features,
+        lambda rule, out: rule.log_scale.exp() * torch.tanh(out),
+        id="RNNprop, learned scale",
+    ),
+    pytest.param(perturbed(rules.L2O(scale=0.1)), l2o_features, lambda rule, out: 0.1 * out, id="L2O"),
+]
+
+
+def drawn(seed, problems=2):
+    generator = torch.Generator().manual_seed(seed)
+
+    def leaf(shape):
+        size = torch.randn(problems, *shape, generator=generator, dtype=torch.float64)
+        return size * 10 ** (8 * torch.rand(problems, *shape, generator=generator, dtype=torch.float64) - 6)
+
+    return {name: leaf(shape) for name, shape in SHAPES.items()}
+
+
+@pytest.mark.parametrize(("rule", "see", "leave"), CASES)
+@torch.no_grad()
+def test_a_hundred_steps_are_those_of_a_loop_over_coordinates(rule, see, leave):
+    params = tree_map(torch.zeros_like, drawn(0))
+    state = rule.init(params)
+    plain = {name: [Plain(rule, see) for _ in range(leaf.numel())] for name, leaf in params.items()}
+    for seed in range(100):
+        grads = drawn(seed)
+        updates, state = rule(grads, state, params)
+        if seed % 9 and seed > 2:
+            for name, twins in plain.items():
+                for twin, grad in zip(twins, grads[name].flatten().tolist(), strict=True):
+                    twin.step(grad)
+            continue
+        for name, twins in plain.items():
+            expected = [leave(rule, twin.step(grad)) for twin, grad in zip(twins, grads[name].flatten().tolist(), strict=True)]
+            torch.testing.assert_close(updates[name].flatten(), torch.stack(expected), rtol=1e-10, atol=1e-15)
+
+
+@pytest.mark.parametrize("make", [rules.RNNprop, rules.L2O])
+@torch.no_grad()
+def test_chunks_change_nothing_even_where_memory_has_another_order(make):
+    whole, parts = perturbed(make()), perturbed(make(chunk=4))
+    shape = (1, 5, 2, 3)
+    one = {"w": torch.zeros(shape, dtype=torch.float64)}
+    two = {"w": torch.zeros(shape, dtype=torch.float64).contiguous(memory_format=torch.channels_last)}
+    state, own = whole.init(one), parts.init(two)
+    # A state in another order of memory, as an optimizer might have loaded it.
+    own["hidden0"]["w"] = own["hidden0"]["w"].movedim(1, -1).contiguous().movedim(-1, 1)
+    for seed in range(5):
+        grads = {"w": torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)}
+        updates, state = whole(grads, state, one)
+        one = {"w": one["w"] + 2.0 * updates["w"]}
+        parts.forward_(grads, own, two, scale={"w": 2.0})
+    assert float(one["w"].abs().max()) > 1e-3
+    torch.testing.assert_close(two["w"], one["w"], rtol=1e-12, atol=1e-15)
+    for slot, tree in state.items():
+        torch.testing.assert_close(own[slot]["w"], tree["w"], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("make", [rules.RNNprop, rules.L2O])
+@torch.no_grad()
+def test_half_precision_state_is_half_as_large_and_close(make):
+    full, half = make(), make(bf16=True)
+    params = {"w": torch.zeros(1, 50)}
+    state, short = full.init(params), half.init(params)
+    assert short["hidden0"]["w"].dtype == short["cell0"]["w"].dtype == torch.bfloat16
+    total = other = params["w"]
+    for seed in range(50):
+        grads = {"w": torch.randn(1, 50, generator=torch.Generator().manual_seed(seed))}
+        updates, state = full(grads, state, params)
+        shorter, short = half(grads, short, params)
+        total, other = total + updates["w"], other + shorter["w"]
+    assert short["hidden0"]["w"].dtype == torch.bfloat16
+    assert not torch.equal(total, other)
+    assert (total - other).norm() < 0.01 * total.norm()
+
+
+def test_the_first_state_remembers_and_the_weights_are_of_their_size():
+    layer = rules.RNNprop(layers=2).cells[1]
+    assert layer.bias[20:40].tolist() == [1.0] * 20
+    assert not layer.bias[:20].any()
+    assert not layer.bias[40:].any()
+    joint = torch.cat([layer.weight_input, layer.weight_hidden], 1)
+    assert joint.abs().max() <= 2 / math.sqrt(40)
+    assert abs(float(joint.detach().std()) * math.sqrt(40) - 0.88) < 0.03  # a normal distribution cut off at two deviations
+    assert not torch.equal(joint[:, :20], rules.RNNprop(layers=2, seed=1).cells[1].weight_input)
+    assert torch.equal(joint[:, :20], rules.RNNprop(layers=2).cells[1].weight_input)
+
+
+@pytest.mark.parametrize("make", [rules.RNNprop, rules.L2O])
+@pytest.mark.parametrize("grad", [0.0, 1e-30, 1e18])
+def test_extreme_gradients_keep_it_finite(make, grad):
+    rule, params = make(), {"w": torch.zeros(1, 1)}
+    state = rule.init(params)
+    for _ in range(3):
+        updates, state = rule({"w": torch.tensor([[grad]])}, state, params)
+    total = updates["w"].sum()
+    assert total.isfinite()
+    assert all(leaf.isfinite().all() for leaf in torch.autograd.grad(total, list(rule.parameters())))
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (rules.RNNprop, {"layers": 0}, "layers"),
+        (rules.RNNprop, {"hidden": 0}, "hidden"),
+        (rules.L2O, {"chunk": 0}, "chunk"),
+        (rules.L2O, {"scale": 0.0}, "scale"),
+        (rules.RNNprop, {"beta1": 1.0}, "beta1"),
+        (rules.RNNprop, {"beta2": -0.1}, "beta2"),
+        (rules.L2O, {"p": 0.0}, "p must"),
+    ],
+)
+def test_bad_sizes_are_refused(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+def test_no_averaging_is_the_sign():
+    rule = rules.RNNprop(beta1=0.0, beta2=0.0)
+    found, _ = rule.features(torch.tensor([3.0, -2.0]), {"mean": torch.ones(2), "square": torch.ones(2)}, torch.tensor(4.0))
+    torch.testing.assert_close(torch.stack(list(found)), torch.tensor([[1.0, -1.0]] * 2))
+
+
+def test_meta_training_lowers_the_loss_of_new_problems():
+    family = lmo.tasks.LeastSquares(dim=4, rows=8, mean=True)
+    rule = rules.RNNprop(hidden=8, scale=0.1)
+    optimizer = torch.optim.Adam(rule.parameters(), lr=0.01)
+    metagrad, objective = lmo.Unrolled(10, first_order=True), lmo.objectives.MeanLoss()
+
+    def held_out():
+        return lmo.episode.unroll(rule, lmo.episode.start(rule, family.draw(seed=1000, size=64)), 20)[1].mean()
+
+    before = held_out()
+    for seed in range(40):
+        estimate = metagrad(rule, lmo.episode.start(rule, family.draw(seed=seed, size=16)), objective)
+        for name, value in rule.named_parameters():
+            value.grad = estimate.grads[name]
+        optimizer.step()
+    start = lmo.episode.start(rule, family.draw(seed=1000, size=64))
+    standing_still = float(start.task.loss(start.params, {}, start.task.batch(0)).mean())
+    assert held_out() < 0.85 * min(float(before), standing_still)
