@@ -87,6 +87,9 @@ TASKS = [
     TaskRow("LeastSquares", lambda: tasks.LeastSquares(dim=4, rows=6, start_std=1.0, double=True)),
     TaskRow("LeastSquares, fixed design", lambda: tasks.LeastSquares(dim=4, rows=6, design="fixed", mean=True, double=True)),
     TaskRow("LeastSquares, shifted", lambda: tasks.LeastSquares(dim=4, rows=6, design="shifted", double=True)),
+    TaskRow("Lasso", lambda: tasks.Lasso(std=3.0, dim=4, double=True), wiggle=1e-6),  # the penalty has kinks
+    TaskRow("Lasso, mixture", lambda: tasks.Lasso(dim=4, penalty=0.0, log_scale=(0.0, 1.0), double=True)),
+    TaskRow("Rosenbrock", lambda: tasks.Rosenbrock(double=True)),
     TaskRow("SimplexLeastSquares", lambda: tasks.SimplexLeastSquares(dim=4, rows=6, double=True)),
     TaskRow("SimplexLeastSquares, excess", lambda: tasks.SimplexLeastSquares(dim=4, rows=6, excess=True, double=True)),
     TaskRow("NonNegativeLeastSquares", lambda: tasks.NonNegativeLeastSquares(dim=4, rows=6, double=True)),

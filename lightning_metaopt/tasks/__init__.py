@@ -6,6 +6,7 @@ from lightning_metaopt.tasks.convex import LeastSquares
 from lightning_metaopt.tasks.domains import ImageDomains
 from lightning_metaopt.tasks.identification import SmoothInterpolation, SystemIdentification
 from lightning_metaopt.tasks.images import ImageClassification, ImageSet
+from lightning_metaopt.tasks.lasso import Lasso, Rosenbrock
 from lightning_metaopt.tasks.module import ModuleTask
 from lightning_metaopt.tasks.modules import ModuleFamily
 from lightning_metaopt.tasks.quadratic import ConvexQuadratic
@@ -20,10 +21,12 @@ __all__ = [
     "ImageClassification",
     "ImageDomains",
     "ImageSet",
+    "Lasso",
     "LeastSquares",
     "ModuleFamily",
     "ModuleTask",
     "NonNegativeLeastSquares",
+    "Rosenbrock",
     "RotatedImages",
     "SimplexLeastSquares",
     "SmoothInterpolation",
