@@ -45,8 +45,21 @@ def test_swapping_as_in_the_readme(rule_file):
     assert optimizer.rule.describe()["lr"] == pytest.approx(0.1)
 
 
+@pytest.mark.filterwarnings("ignore:.*tensorboardX", "ignore:.*logger", "ignore:.*num_workers")
+def test_learning_step_sizes_as_in_the_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(block("OptimisticMetaGrad("), names)
+    trainer, module = names["trainer"], BoringModel()
+    trainer.fit(module)
+    (callback,) = [callback for callback in trainer.callbacks if isinstance(callback, lmo.OptimisticMetaGrad)]
+    (engine,) = callback.engines
+    assert engine.steps == 5 * 64
+    assert all((factor != 1).any() for factor in engine.factors().values())
+
+
 def test_every_python_block_is_tested():
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*/*.yaml")), ids=lambda path: path.stem)

@@ -44,7 +44,7 @@ class OptimisticMetaGrad(DrawnStepCallback):
             differ by orders of magnitude between problems.
         hint: instead of the usual one, ``Hint(of="previous")`` for that of Corollary 1, or other options of it.
         trust: longest step as a fraction of the norm of the parameters; ``None`` for no limit. By default, for ``"log"``,
-            0.15, and 0.1 for base optimizers with momentum, whose steps add up. At a tuned rate of Adam's family the first steps are
+            0.15, and 0.1 for base optimizers with momentum, whose steps add up. At tuned rates of Adam's family the first steps are
             longer than that, and 0.3 is better (``recipes/optimistic/README.md``, Digits).
         betas: averaging constants of Adam for ``"log"``.
         limit: for ``"log"``, factors stay between ``1 / limit`` and ``limit``.
