@@ -71,14 +71,14 @@ def _parser() -> Any:
     train.add_argument("--output", type=str, default="rule.safetensors", help="the rule file to write")
     train.add_argument("--overwrite", action="store_true", help="replace an existing file")
     evaluate = command("evaluate", "Evaluate a saved rule on a recipe's problems.")
-    evaluate.add_argument("--rule", type=str, required=True, help="a rule file")
+    evaluate.add_argument("--rule", type=str, required=True, help="a rule file, or the name of a shipped rule")
     evaluate.add_argument("--problem", type=str | None, default=None, help="a problem of the recipe (default: its first)")
     compare = command("compare", "One table of the results in several output folders.", recipe=False)
     compare.add_argument("outputs", nargs="+", type=str, help="output folders of finished runs")
     compare.add_argument("--output", type=str | None, default=None, help="folder for joined tables, figures and page")
     plot = command("plot", "Make the summary, figures and page of a finished run again from its tables.", recipe=False)
     plot.add_argument("folder", type=str, help="output folder of a finished run")
-    command("list", "List rules, task families, meta-gradients, objectives and recipes.", recipe=False)
+    command("list", "List rules, task families, meta-gradients, objectives, meta-trained rules and recipes.", recipe=False)
     add_data_command(commands)
     return parser
 
@@ -242,6 +242,7 @@ def _list(options: Any, overrides: dict[str, str], command: str) -> None:
 
     import lightning_metaopt as lmo
     from lightning_metaopt.rules import Constraint
+    from lightning_metaopt.storage import shipped_rules
 
     listed: list[tuple[str, Any, type]] = [
         ("rules", lmo.rules, lmo.Rule),
@@ -255,6 +256,7 @@ def _list(options: Any, overrides: dict[str, str], command: str) -> None:
         usable = [name for name, found in final.items() if issubclass(found, kind)]
         print(f"{heading}: {', '.join(usable)}")
     print(f"objectives: {', '.join(lmo.objectives.PRESETS)}")
+    print(f"meta-trained rules: {', '.join(shipped_rules())}")
     recipes = sorted(str(path) for path in Path("recipes").glob("*/*.yaml"))
     print(f"recipes: {', '.join(recipes) or 'none below ./recipes'}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["differentiable"]
+__all__ = ["WeightNormSeen", "differentiable", "plain_weight_norm"]
 
 _CHECKPOINTING = (
     "gradient checkpointing would compute again with the module's own parameters when this loss is differentiated later; use "
@@ -28,9 +28,38 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 class _PlainWeightNorm(TorchFunctionMode):
     # The second derivative of torch's kernel for weight normalisation is wrong, without any error (seen in torch 2.13).
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is getattr(torch, "_weight_norm", None):
+        if _is_weight_norm(func):
             func = _weight_norm
         return func(*args, **(kwargs or {}))
+
+
+class WeightNormSeen(TorchFunctionMode):
+    """As a context: finds out whether weights are normalised inside (``torch.nn.utils.weight_norm`` in its two forms).
+
+    >>> layer = torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 1))
+    >>> with WeightNormSeen() as seen:
+    ...     _ = layer(torch.zeros(1, 2))
+    >>> seen.found
+    True
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at what is called, and call it."""
+        self.found |= _is_weight_norm(func)
+        return func(*args, **(kwargs or {}))
+
+
+def _is_weight_norm(func: Any) -> bool:
+    return func is getattr(torch, "_weight_norm", None)
+
+
+def plain_weight_norm() -> AbstractContextManager[Any]:
+    """Inside, weights are normalised by plain operations, whose second derivatives are right."""
+    return _PlainWeightNorm()
 
 
 @contextmanager
@@ -49,7 +78,7 @@ def differentiable(module: nn.Module, *, twice: bool, leaving: bool) -> Iterator
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if twice:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(_PlainWeightNorm())
+            stack.enter_context(plain_weight_norm())
             if torch.backends.cudnn.is_available() and any(isinstance(part, nn.RNNBase) for part in module.modules()):
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         if leaving:

@@ -21,8 +21,9 @@ from lightning_metaopt import rules
 from lightning_metaopt.rule import Rule
 from lightning_metaopt.tree import Tree
 
-__all__ = ["RuleFileError", "load_rule", "read_header", "save_rule"]
+__all__ = ["RuleFileError", "load_rule", "read_header", "save_rule", "shipped_rules"]
 
+SHIPPED = Path(__file__).parent / "pretrained"
 FORMAT = 1
 KEY = "lightning_metaopt"  # the one entry of the file's metadata; its value is the header as JSON
 
@@ -69,7 +70,7 @@ def load_rule(path: str | os.PathLike[str], rule_class: type[Rule] | None = None
     """Rebuild a rule that :func:`save_rule` wrote, on the CPU, in the precision it was saved in.
 
     Args:
-        path: the file.
+        path: the file, or the name of one of :func:`shipped_rules`, such as ``"metamd-digits"``.
         rule_class: the class of a rule that is not part of this package. (The classes of ``lightning_metaopt.rules`` are
             found by name.)
         init: constructor arguments that replace or complete those in the file: what a file cannot hold, such as the
@@ -101,12 +102,22 @@ def load_rule(path: str | os.PathLike[str], rule_class: type[Rule] | None = None
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a rule file says about itself: ``format``, ``class``, ``init``, ``provenance`` and ``sha256`` of the tensors.
+    """What a rule file, or a shipped rule, says about itself: ``format``, ``class``, ``init``, ``provenance`` and ``sha256`` of
+    the tensors.
 
     Raises:
         RuleFileError: if it is no readable rule file.
     """
     return _read(path)[0]
+
+
+def shipped_rules() -> list[str]:
+    """Names of the meta-trained rules that are part of the package; how each was made stands in ``provenance`` of its header.
+
+    >>> shipped_rules()
+    ['metamd-digits']
+    """
+    return sorted(file.stem for file in SHIPPED.glob("*.safetensors"))
 
 
 def _registry() -> dict[str, type[Rule]]:
@@ -136,13 +147,19 @@ def _find_class(path: str | os.PathLike[str], name: str, rule_class: type[Rule] 
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Tree]:
-    if not Path(path).is_file():
-        raise RuleFileError(f"{path}: there is no such file; check the path (the working directory is {Path.cwd()})")
+    file = Path(path)
+    if not file.is_file() and os.fspath(path) in shipped_rules():  # a file of that name goes before
+        file = SHIPPED / f"{path}.safetensors"
+    if not file.is_file():
+        raise RuleFileError(
+            f"{path}: there is no such file; check the path (the working directory is {Path.cwd()}), or name a rule that is part "
+            f"of the package ({', '.join(shipped_rules())})"
+        )
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            names = file.keys()
-            tensors = {name: file.get_tensor(name).clone() for name in names}  # copies: the file may be replaced
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            metadata = opened.metadata() or {}
+            names = opened.keys()
+            tensors = {name: opened.get_tensor(name).clone() for name in names}  # copies: the file may be replaced
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise RuleFileError(
             f"{path}: not a readable safetensors file ({type(error).__name__}: {error}); it is truncated, damaged or something "

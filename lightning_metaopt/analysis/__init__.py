@@ -1,5 +1,7 @@
-"""What can be computed about an optimizer beside its losses."""
+"""What can be computed about an optimizer beside its losses, and about the networks that it trained."""
 
+from lightning_metaopt.analysis.landscape import Landscape, loss_landscape, plot_landscapes, step_loss, top_eigenpair
+from lightning_metaopt.analysis.meta_parameters import count_meta_parameters, plot_meta_parameters
 from lightning_metaopt.analysis.mirror_bounds import (
     GapCurve,
     convergence_bound,
@@ -8,6 +10,7 @@ from lightning_metaopt.analysis.mirror_bounds import (
     new_task_bound,
     plot_gaps,
 )
+from lightning_metaopt.analysis.rank import effective_rank, features_into, low_rank_level, normalised_spectrum, plot_spectra
 from lightning_metaopt.analysis.stability import (
     Stability,
     controlled_dynamics,
@@ -19,21 +22,38 @@ from lightning_metaopt.analysis.stability import (
     sequential_stability,
     spectral_radius,
 )
+from lightning_metaopt.analysis.timing import IterationTimes, iteration_times, plot_iteration_times, time_table
 
 __all__ = [
     "GapCurve",
+    "IterationTimes",
+    "Landscape",
     "Stability",
     "controlled_dynamics",
     "convergence_bound",
+    "count_meta_parameters",
     "descent_dynamics",
+    "effective_rank",
+    "features_into",
     "follow_gap",
     "hessian",
+    "iteration_times",
     "largest_step",
+    "loss_landscape",
+    "low_rank_level",
     "momentum_dynamics",
     "new_task_bound",
+    "normalised_spectrum",
     "plot_gaps",
+    "plot_iteration_times",
+    "plot_landscapes",
+    "plot_meta_parameters",
+    "plot_spectra",
     "plot_stability",
     "product_norms",
     "sequential_stability",
     "spectral_radius",
+    "step_loss",
+    "time_table",
+    "top_eigenpair",
 ]

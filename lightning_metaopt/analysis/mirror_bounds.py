@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_metaopt.analysis.figure import axes_into
 from lightning_metaopt.episode import Episode, unroll
 from lightning_metaopt.rule import Rule
 from lightning_metaopt.tree import Tree, tree_map
@@ -165,18 +166,10 @@ def plot_gaps(curves: Mapping[str, GapCurve], path: str | Path) -> None:
         curves: by label.
         path: of a picture; its suffix says the format.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.2, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for number, (label, curve) in enumerate(curves.items()):
-        counts = range(1, len(curve.bound) + 1)
-        for values, look, what in ((curve.averaged, "-", "averaged"), (curve.best, ":", "best"), (curve.bound, "--", "bound")):
-            means = values.mean(1).clamp_min(1e-15).cpu()
-            axes.plot(counts, means, look, color=f"C{number % 10}", label=f"{label}, {what}", lw=1.3)
-    axes.set(xscale="log", yscale="log", xlabel="iterates averaged, T", ylabel="loss above the optimum")
-    axes.grid(alpha=0.2)
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    with axes_into(path) as axes:
+        for number, (label, curve) in enumerate(curves.items()):
+            counts = range(1, len(curve.bound) + 1)
+            for values, look, what in ((curve.averaged, "-", "averaged"), (curve.best, ":", "best"), (curve.bound, "--", "bound")):
+                means = values.mean(1).clamp_min(1e-15).cpu()
+                axes.plot(counts, means, look, color=f"C{number % 10}", label=f"{label}, {what}", lw=1.3)
+        axes.set(xscale="log", yscale="log", xlabel="iterates averaged, T", ylabel="loss above the optimum")

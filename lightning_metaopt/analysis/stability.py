@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_metaopt.analysis.figure import axes_into
 from lightning_metaopt.episode import Episode, unroll
 from lightning_metaopt.rule import Rule
 from lightning_metaopt.task import Task
@@ -215,20 +216,10 @@ def plot_stability(curves: Mapping[str, Stability], path: str | Path, gamma: flo
         path: of a picture; its suffix says the format.
         gamma: of the constants that the legend gives.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.2, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for label, stability in curves.items():
-        mean, spread, _ = (value.cpu() for value in stability.by_length())
-        lengths = range(1, len(mean) + 1)
-        axes.plot(lengths, mean, marker="o", markersize=3, label=f"{label} ($\\kappa$ = {stability.kappa(gamma):.2f})")
-        axes.fill_between(lengths, mean - spread, mean + spread, alpha=0.2)
-    axes.set_yscale("log")
-    axes.set_xlabel("steps in the product")
-    axes.set_ylabel("spectral norm, mean over intervals")
-    axes.grid(alpha=0.2)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    with axes_into(path, fontsize=10) as axes:
+        for label, stability in curves.items():
+            mean, spread, _ = (value.cpu() for value in stability.by_length())
+            lengths = range(1, len(mean) + 1)
+            axes.plot(lengths, mean, marker="o", markersize=3, label=f"{label} ($\\kappa$ = {stability.kappa(gamma):.2f})")
+            axes.fill_between(lengths, mean - spread, mean + spread, alpha=0.2)
+        axes.set(yscale="log", xlabel="steps in the product", ylabel="spectral norm, mean over intervals")

@@ -36,6 +36,9 @@ class QuadraticMirror(Rule, ABC):
         shapes: names and shapes of the parameters.
         lr: :math:`\\eta > 0`, in units of parameter / gradient; not learned.
         momentum: initial :math:`\\mu`, strictly between 0 and 1 (learned as its logit); ``None`` for none.
+
+    Raises:
+        ValueError: for numbers outside these ranges, or without parameters; by :meth:`init`, for parameters of other shapes.
     """
 
     def __init__(self, shapes: Mapping[str, Sequence[int]], lr: float, momentum: float | None) -> None:
@@ -136,6 +139,9 @@ class DiagonalMirror(QuadraticMirror):
         metric: initial diagonal of :math:`M`.
         momentum: see :class:`QuadraticMirror`.
 
+    Raises:
+        ValueError: for a ``metric`` that is not positive and finite, or as :class:`QuadraticMirror` does.
+
     >>> rule = DiagonalMirror({"w": (2,)}, lr=0.5, metric=2.0)
     >>> rule({"w": torch.tensor([[4.0, -8.0]])}, {}, {"w": torch.zeros(1, 2)})[0]["w"].tolist()
     [[-1.0, 2.0]]
@@ -147,9 +153,7 @@ class DiagonalMirror(QuadraticMirror):
         self, shapes: Mapping[str, Sequence[int]], lr: float = 0.1, metric: float = 1.0, *, momentum: float | None = None
     ) -> None:
         super().__init__(shapes, lr, momentum)
-        if not (metric > 0 and math.isfinite(metric)):
-            raise ValueError(f"metric must be positive and finite, got {metric}")
-        self.log_metric = per_parameter(shapes, math.log(metric))
+        self.log_metric = per_parameter(shapes, _log(metric))
 
     def _flat(self) -> Tensor:
         return torch.cat([self.log_metric[escape(name)].flatten() for name, _ in self.layout.shapes])
@@ -204,6 +208,9 @@ class DenseMirror(QuadraticMirror):
         metric: initial :math:`M` as a multiple of the identity.
         momentum: see :class:`QuadraticMirror`.
 
+    Raises:
+        ValueError: for a ``metric`` that is not positive and finite, or as :class:`QuadraticMirror` does.
+
     >>> rule = DenseMirror({"w": (2,)}, lr=0.5, metric=2.0)
     >>> rule({"w": torch.tensor([[4.0, -8.0]])}, {}, {"w": torch.zeros(1, 2)})[0]["w"].tolist()
     [[-1.0, 2.0]]
@@ -215,9 +222,7 @@ class DenseMirror(QuadraticMirror):
         self, shapes: Mapping[str, Sequence[int]], lr: float = 0.1, metric: float = 1.0, *, momentum: float | None = None
     ) -> None:
         super().__init__(shapes, lr, momentum)
-        if not (metric > 0 and math.isfinite(metric)):
-            raise ValueError(f"metric must be positive and finite, got {metric}")
-        self.factor = nn.Parameter(math.log(metric) / 2 * torch.eye(self.layout.size))
+        self.factor = nn.Parameter(_log(metric) / 2 * torch.eye(self.layout.size))
 
     def _root(self) -> Tensor:
         return self.factor.tril(-1) + torch.diag(self.factor.diagonal().exp())
@@ -244,3 +249,10 @@ class DenseMirror(QuadraticMirror):
 
     def squared_distance_from_identity(self) -> Tensor:
         return (self.matrix() - torch.eye(self.layout.size).to(self.factor)).square().sum()
+
+
+def _log(metric: float) -> float:
+    # Of the initial metric, which both rules learn as a logarithm.
+    if not (metric > 0 and math.isfinite(metric)):
+        raise ValueError(f"metric must be positive and finite, got {metric}")
+    return math.log(metric)

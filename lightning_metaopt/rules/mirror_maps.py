@@ -114,6 +114,9 @@ class PNormMirror(Rule):
         lr: initial :math:`\\eta`, in units of parameter / gradient.
         p: initial exponent, larger than 1.
 
+    Raises:
+        ValueError: for an ``lr`` that is not positive or a ``p`` that is not larger than 1, or numbers that are not finite.
+
     >>> rule = PNormMirror({"w": (2,)}, lr=0.5, p=2.0)
     >>> rule({"w": torch.tensor([[4.0, -8.0]])}, {}, {"w": torch.ones(1, 2)})[0]["w"].tolist()
     [[-2.0, 4.0]]

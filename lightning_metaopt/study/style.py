@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,7 +104,8 @@ def picture(panels: Sequence[Panel], title: str, legend: dict[str, Style], colum
             axes.set_title(panel.title)
         for axes in list(places)[len(panels) :]:
             axes.set_axis_off()
-        figure.suptitle(title)
+        # From the left edge, and no wider than the panels: what stands in the middle of all may reach into the legend.
+        figure.suptitle("\n".join(textwrap.wrap(title, 54 * columns)), x=0.01, ha="left")
         if legend:
             handles = [Line2D([], [], **style.line()) for style in legend.values()]
             figure.legend(handles, list(legend), loc="outside right upper", frameon=False, fontsize=9, handlelength=3)

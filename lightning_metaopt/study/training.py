@@ -145,6 +145,7 @@ class _Observer(Callback):
         self.clock: list[float] = []
         self.validations: dict[str, list[tuple[int, float]]] = {}
         self.origin = self.paused = 0.0
+        self.may_draw = True
         self._parts: list[Tensor] = []
         self._states: list[Tensor] = []
 
@@ -172,10 +173,16 @@ class _Observer(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore()
+        # torch's own optimizers draw nothing (LBFGS asks for the loss, and thereby for dropout, several times); others, and what
+        # callbacks hang on an optimizer, may. To look after the generators costs more than everything else here.
+        own = [type(optimizer).__module__.startswith("torch.optim.") for optimizer in trainer.optimizers]
+        plain = all(own) and not any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers)
+        self.may_draw = not (plain and trainer.callbacks == [self])  # type: ignore[attr-defined]  # an attribute of every Trainer
         self.origin = time.perf_counter()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        self._keep()
+        if self.may_draw:
+            self._keep()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.paused = time.perf_counter()
@@ -187,7 +194,8 @@ class _Observer(Callback):
                 self.validations.setdefault(name, []).append((trainer.global_step, float(value)))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._restore()
+        if self.may_draw:
+            self._restore()
         loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
         parts, step = self._parts, trainer.global_step
         parts.append(loss.detach())  # read at the end of the run: an accelerator goes on meanwhile

@@ -13,12 +13,11 @@ from lightning_metaopt.recording import cloned
 from lightning_metaopt.replay import Replay
 from lightning_metaopt.task import Task, TaskFamily
 from lightning_metaopt.tasks.network import Network, seeded
+from lightning_metaopt.tasks.order import LARGEST_SEED, integers, seeds_at, walk
 from lightning_metaopt.tree import Tree, tree_map
 
 __all__ = ["ModuleFamily"]
 
-_MIX = 0x1E3779B97F4A7C15  # odd: consecutive steps get unrelated seeds
-_SEEDS = 2**62 - 1
 _WALK = 1024  # steps for which a problem's order of batches is drawn
 _FROZEN = "frozen."
 
@@ -103,17 +102,11 @@ class ModuleFamily(TaskFamily):
         return self.network.shapes
 
     def sample(self, generator: torch.Generator, size: int) -> Task:
-        def integers(bound: int) -> Tensor:
-            return torch.randint(bound, (size,), generator=generator, device=generator.device).cpu()
-
-        domain = integers(len(self.names))
-        # Pass after pass in a new order each, cut to one length; then from the start again.
+        domain = integers(generator, len(self.names), size)
+        # Cut to one length; then from the start again.
         length = max(_WALK, *(len(part) for part in self.steps.training))
-        orders = []
-        for count in (len(self.steps.training[which]) for which in domain.tolist()):
-            passes = [torch.randperm(count, generator=generator, device=generator.device).cpu() for _ in range(-(-length // count))]
-            orders.append(torch.cat(passes)[:length])
-        data = {"domain": domain, "seed": integers(_SEEDS), "order": torch.stack(orders)}
+        orders = [walk(generator, len(self.steps.training[which]), length) for which in domain.tolist()]
+        data = {"domain": domain, "seed": integers(generator, LARGEST_SEED, size), "order": torch.stack(orders)}
         return _StepTask(data, self.network, self.steps, self.shared_init)
 
 
@@ -148,8 +141,7 @@ class _StepTask(Task):
     def batch(self, step: int) -> Tree:
         """Which batch of its domain each problem takes, and the seed of what its training step draws."""
         order = self.data["order"]
-        seed = (self.data["seed"] + step * _MIX % _SEEDS) & _SEEDS
-        return {"domain": self.data["domain"], "row": order[:, step % order.shape[1]], "seed": seed}
+        return {"domain": self.data["domain"], "row": order[:, step % order.shape[1]], "seed": seeds_at(self.data["seed"], step)}
 
     def loss(self, params: Tree, buffers: Tree, batch: Tree) -> Tensor:
         rows = zip(*(batch[name].tolist() for name in ("domain", "row", "seed")), strict=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import parametrize
 
+from lightning_metaopt.kernels import WeightNormSeen, plain_weight_norm
 from lightning_metaopt.tree import Tree
 
 __all__ = ["ModuleOrFactory", "Network", "seeded"]
@@ -58,6 +60,7 @@ class Network:
         random: the module draws random numbers in training (dropout).
         work: multiplications that one sample needs, up to a constant: sum over the weights of their size times the
             places where they are applied.
+        weight_norm: the module normalises weights, which is then done by operations with right second derivatives.
 
     Raises:
         ValueError: for a module without trainable parameters, with uninitialised (lazy) ones, or away from the CPU.
@@ -80,6 +83,7 @@ class Network:
         names = {id(value): name for name, value in reversed([*template.named_parameters(), *template.named_buffers()])}
         everything = (*template.named_parameters(remove_duplicate=False), *template.named_buffers(remove_duplicate=False))
         self.aliases = {name: names[id(value)] for name, value in everything if names[id(value)] != name}
+        self.weight_norm = False
         self.random, self.work = (True, float("inf")) if inputs is None else self._probe(inputs)
 
     @property
@@ -105,7 +109,8 @@ class Network:
         for name, first in self.aliases.items():
             tensors[name] = tensors[first]
         module = self.module if training else self.evaluated
-        output: Tensor = functional_call(module, tensors, (inputs,), tie_weights=False)  # tied above, once for all
+        with plain_weight_norm() if self.weight_norm else nullcontext():
+            output: Tensor = functional_call(module, tensors, (inputs,), tie_weights=False)  # tied above, once for all
         return output
 
     def shared(self) -> tuple[Tree, Tree]:
@@ -138,8 +143,8 @@ class Network:
             reset = getattr(part, "reset_parameters", None)
             if reset is None or (own and not any(value.requires_grad for value in own)):
                 continue
-            reset()
-            for value in part.parameters():
+            reached = part.parameters() if _reset_through(part, reset) else own
+            for value in reached:
                 missed.pop(id(value), None)
         if missed:
             raise ValueError(
@@ -163,9 +168,10 @@ class Network:
         tensors = {name: value.clone() for name, value in (*self.module.named_parameters(), *self.module.named_buffers())}
         handles = [part.register_forward_hook(count) for part in self.module.modules()]
         try:
-            with seeded(0), torch.no_grad():
+            with seeded(0), torch.no_grad(), WeightNormSeen() as seen:
                 before = torch.get_rng_state()
                 self(tensors, inputs.cpu())
+                self.weight_norm = seen.found
                 return not torch.equal(before, torch.get_rng_state()), work
         finally:
             for handle in handles:
@@ -183,3 +189,20 @@ def _check(module: nn.Module) -> None:
             )
     if not any(value.requires_grad for value in module.parameters()):
         raise ValueError("the module has no trainable parameters; set requires_grad on those that are to be trained")
+
+
+def _reset_through(part: nn.Module, reset: Callable[[], None]) -> bool:
+    # A layer whose weight is computed from others (weight normalisation) initialises what was computed: the originals follow
+    # it by the inverse of the computation. False if there is none.
+    if not parametrize.is_parametrized(part):
+        reset()
+        return True
+    with parametrize.cached():
+        reset()
+        values = {name: getattr(part, name).detach().clone() for name in part.parametrizations}  # type: ignore[union-attr]  # a ModuleDict
+    try:
+        for name, value in values.items():
+            setattr(part, name, value)
+    except NotImplementedError:
+        return False
+    return True

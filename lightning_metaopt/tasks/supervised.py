@@ -12,13 +12,11 @@ from torch import Tensor
 from lightning_metaopt.task import Task, TaskFamily
 from lightning_metaopt.tasks.module import Criterion, ModuleTask, resolve_criterion
 from lightning_metaopt.tasks.network import ModuleOrFactory, Network
+from lightning_metaopt.tasks.order import LARGEST_SEED, integers, seeds_at, walk
 from lightning_metaopt.tasks.variation import Subset, Variation
 from lightning_metaopt.tree import Tree
 
 __all__ = ["FromSupervised", "Supervised"]
-
-_MIX = 0x1E3779B97F4A7C15  # odd: consecutive steps get unrelated seeds
-_LARGEST_SEED = 2**62 - 1
 
 
 @final
@@ -34,7 +32,7 @@ class MinibatchTask(ModuleTask):
         places = torch.arange(step * self.samples, (step + 1) * self.samples, device=order.device) % order.shape[1]
         batch = self._rows(order[:, places])
         if self.network.random:
-            batch["seed"] = (self.data["seed"] + step * _MIX % _LARGEST_SEED) & _LARGEST_SEED
+            batch["seed"] = seeds_at(self.data["seed"], step)
         return batch
 
     def val_batch(self) -> Tree:
@@ -140,22 +138,15 @@ class Supervised(TaskFamily):
         return self.network.shapes
 
     def sample(self, generator: torch.Generator, size: int) -> Task:
-        def integers(bound: int, *shape: int) -> Tensor:
-            return torch.randint(bound, shape, generator=generator, device=generator.device).cpu()
-
-        def permutation(n: int) -> Tensor:
-            return torch.randperm(n, generator=generator, device=generator.device).cpu()
-
-        data: Tree = {"seed": integers(_LARGEST_SEED, size)}
+        data: Tree = {"seed": integers(generator, LARGEST_SEED, size)}
         train, held_out, length = [self.training_rows] * size, [self.validation_rows] * size, len(self.training_rows)
         if self.variation is not None:
             drawn = self.variation.draw(generator, size)
             train, held_out = (self.variation.rows(rows, drawn) for rows in (self.training_rows, self.validation_rows))
             length = self.variation.length(self.training_rows)
             data |= drawn
-        walks = [[rows[permutation(len(rows))] for _ in range(-(-length // len(rows)))] for rows in train]
-        data["order"] = torch.stack([torch.cat(walk)[:length] for walk in walks])
-        data["held_out"] = torch.stack([rows[integers(len(rows), self.val_batch_size)] for rows in held_out])
+        data["order"] = torch.stack([rows[walk(generator, len(rows), length)] for rows in train])
+        data["held_out"] = torch.stack([rows[integers(generator, len(rows), self.val_batch_size)] for rows in held_out])
         return MinibatchTask(
             data,
             {"inputs": self.inputs, "targets": self.targets},

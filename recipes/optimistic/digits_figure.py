@@ -5,31 +5,15 @@ python recipes/optimistic/digits_figure.py outputs/digits [FOLDER]
 
 from __future__ import annotations
 
-import csv
 import math
 import sys
-from collections import defaultdict
 from pathlib import Path
 from statistics import fmean, stdev
 
-from lightning_metaopt.study.statistics import paired_t_interval
+from lightning_metaopt.study.paired import Scores, difference, read_scores
 
 ADDED = " + "  # between the name of an optimizer and what is added to it
 LOSS, ACCURACY = "mean training loss", "test accuracy"
-
-Scores = dict[tuple[str, str, str], dict[int, float]]  # by problem, method and metric: by seed
-
-
-def read(folder: Path) -> Scores:
-    """All scores of a study."""
-    found: Scores = defaultdict(dict)
-    with (folder / "scores.csv").open(encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            value = float(row["value"] or "nan")
-            if row["metric"] == ACCURACY:
-                value = 100 * value if math.isfinite(value) else 0.0
-            found[row["problem"], row["method"], row["metric"]][int(row["seed"])] = value
-    return found
 
 
 def shown(values: list[float], digits: int) -> str:
@@ -53,9 +37,7 @@ def table(scores: Scores) -> list[str]:
         cells.append(shown(list(values.values()), 2))
         alone = scores.get((problem, method.split(ADDED)[0], ACCURACY))
         if ADDED in method and alone:
-            pairs = [(values[seed], alone[seed]) for seed in values]
-            low, high = paired_t_interval(*map(list, zip(*pairs, strict=True)))
-            cells += [f"{fmean(one - other for one, other in pairs):+.2f}", f"{low:+.2f} to {high:+.2f}"]
+            cells += difference(values, alone).cells(2)
         else:
             cells += ["", ""]
         lines.append(f"| {problem} | {method} | {' | '.join(cells)} |")
@@ -93,7 +75,7 @@ def draw(scores: Scores, file: Path) -> None:
 
 def main(folder: Path, out: Path) -> list[str]:
     """Draw ``digits.png``, where there are several problems, and write ``differences.md``; the lines of the table."""
-    scores = read(folder)
+    scores = read_scores(folder)
     out.mkdir(parents=True, exist_ok=True)
     if len({problem for problem, _, _ in scores}) > 1:
         draw(scores, out / "digits.png")

@@ -139,6 +139,35 @@ def test_optimizers_differ_in_nothing_but_the_optimizer(data, other):
     assert len(set(first.batches)) == 20  # augmented: no batch is there twice
 
 
+class Seeing(ImageClassifier):
+    """Sees what it is given without any callback, which alone would change how the random numbers are looked after."""
+
+    seen: list = []
+
+    def training_step(self, batch, batch_idx):
+        if (mark := (batch_idx, hashed(*batch))) not in Seeing.seen[-1:]:  # LBFGS comes several times
+            Seeing.seen.append(mark)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:.*training images")
+@pytest.mark.parametrize(
+    "other",
+    [torch.optim.AdamW, partial(torch.optim.LBFGS, lr=1e-3, max_iter=3), partial(Drawing, lr=0.01)],
+    ids=["AdamW", "LBFGS", "drawing"],
+)
+def test_without_any_callback_the_data_are_the_same_too(data, other, monkeypatch):
+    options = {"steps": 20, "smooth": 5, "trainer": {"accelerator": "cpu"}}
+    evaluation = TrainerEvaluation(lambda: Seeing(Dropping()), data, data, **options)
+    found = []
+    for optimizer in (sgd, other):
+        monkeypatch.setattr(Seeing, "seen", [])
+        evaluation.run(None, Candidate(optimizer=optimizer, callbacks=list), None, 3, "test")
+        found.append(Seeing.seen)
+    assert len(found[0]) == 20
+    assert found[0] == found[1]
+
+
 @pytest.mark.filterwarnings("ignore:.*training images")
 def test_seeds_differ_in_everything(data):
     first, second = run(data, optimizer=sgd), run(data, optimizer=sgd, seed=4)

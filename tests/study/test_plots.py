@@ -173,6 +173,17 @@ def test_pictures_hold_all_panels(data, looks):
     assert all(big > little for big, little in itertools.pairwise([sizes[0][0], sizes[1][0]]))
 
 
+def test_a_long_title_keeps_clear_of_the_legend(data, looks, monkeypatch):
+    headings = []
+    monkeypatch.setattr(Figure, "suptitle", lambda self, text, **options: headings.append((text, options)))
+    title = "a perceptron of many layers on five thousand digits, each turned by an angle of its own"
+    picture(curve_panels(data, looks)[:1], title, dict(looks), columns=1)
+    ((text, options),) = headings
+    assert text.split() == title.split()
+    assert max(map(len, text.splitlines())) <= 54  # a panel's width
+    assert options["ha"] == "left"
+
+
 def test_curves_of_a_table_of_runs(data, tmp_path):
     data.write(tmp_path)
     draw_curves(read_rows(tmp_path / "runs.csv"), tmp_path / "curves.png", "title", data.learned)
