@@ -37,6 +37,11 @@ class ImageClassifier(LightningModule):
         label_smoothing: share of the target that is spread evenly over all classes in training (Szegedy et al. 2016).
         decayed: whether the optimizer's weight decay acts on ``"all"`` parameters, or only on ``"matrices"`` and larger, so that
             biases and normalisations are left out.
+        l2: weight of the penalty :math:`\\tfrac{l2}{2}\\|\\theta\\|^2` that is added to the training loss, whatever the optimizer makes of
+            its gradient (the weight decay of plain SGD).
+
+    Raises:
+        ValueError: for a negative ``l2``.
     """
 
     def __init__(
@@ -48,11 +53,14 @@ class ImageClassifier(LightningModule):
         schedule_every: Literal["step", "epoch"] = "step",
         label_smoothing: float = 0.0,
         decayed: Decayed = "all",
+        l2: float = 0.0,
     ) -> None:
         super().__init__()
+        if not l2 >= 0:
+            raise ValueError(f"l2 must not be negative, got {l2}")
         self.model = model
         self.optimizer, self.schedule, self.schedule_every, self.decayed = optimizer, schedule, schedule_every, decayed
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.l2 = label_smoothing, l2
         # Its checks would wait for the device at every step; cross-entropy refuses labels that are no classes anyway.
         self.training_accuracy, self.validation_accuracy, self.test_accuracy = (
             MulticlassAccuracy(classes, average="micro", validate_args=False) for _ in range(3)
@@ -67,6 +75,9 @@ class ImageClassifier(LightningModule):
         images, labels = batch
         logits = self(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        if self.l2:
+            weights = [value for value in self.model.parameters() if value.requires_grad]
+            loss = loss + self.l2 / 2 * torch.stack([value.square().sum() for value in weights]).sum()
         self.log("training loss", loss, prog_bar=True)
         self.training_accuracy.update(logits, labels)
         self.log("training accuracy", self.training_accuracy, on_step=False, on_epoch=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -142,7 +143,7 @@ def test_optimizers_differ_in_nothing_but_the_optimizer(data, other):
 class Seeing(ImageClassifier):
     """Sees what it is given without any callback, which alone would change how the random numbers are looked after."""
 
-    seen: list = []
+    seen: ClassVar[list] = []
 
     def training_step(self, batch, batch_idx):
         if (mark := (batch_idx, hashed(*batch))) not in Seeing.seen[-1:]:  # LBFGS comes several times
