@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
 import pytest
 import torch
+from bootstrap_cases import N, Point, minibatches
 from step_cases import STEPS
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_metaopt.callbacks import OptimisticMetaGrad
 from lightning_metaopt.online import BootstrappedMetaGrad, hints_from_targets
 from lightning_metaopt.replay import Replay
 from lightning_metaopt.rules import MetaSGD
-
-N = 4
-
-
-class Point(nn.Module):
-    """Two parameters, and the loss of a minibatch ``(A, c)``: sum of cos(A x) + |x - c|^2 / 2."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Parameter(torch.tensor([1.0, -0.5], dtype=torch.float64))
-        self.second = nn.Parameter(torch.tensor([0.8, 1.2], dtype=torch.float64))
-
-    def forward(self, batch: Any) -> Tensor:
-        x = torch.cat([self.first, self.second])
-        return (batch[0] @ x).cos().sum() + 0.5 * (x - batch[1]).square().sum()
-
-
-def minibatches(steps: int = STEPS) -> list[Any]:
-    torch.manual_seed(0)
-    common = torch.randn(N, dtype=torch.float64)
-    return [
-        (0.5 * torch.randn(3, N, dtype=torch.float64), common + 0.5 * torch.randn(N, dtype=torch.float64)) for _ in range(steps)
-    ]
 
 
 def run(make: Any, steps: int = STEPS, **options: Any) -> tuple[list[float], list[float], Any]:
@@ -53,7 +30,6 @@ def run(make: Any, steps: int = STEPS, **options: Any) -> tuple[list[float], lis
     return torch.cat([p.detach() for p in net.parameters()]).tolist(), factors.tolist(), engine
 
 
-# ------------------------------------------------------------------------------------------------------- the twin, in plain loops
 def slope(batch: Any, x: list[float]) -> list[float]:
     a, c = batch[0].tolist(), batch[1].tolist()
     sines = [math.sin(sum(row[i] * x[i] for i in range(N))) for row in a]
@@ -193,148 +169,3 @@ def test_as_a_hint_of_optimistic_learning() -> None:
         hint = hints_from_targets(found, torch.zeros_like(found), grad, hint, alpha=1.0, next_alpha=1.0, pullback=back)
         total = total + back(grad)
         torch.testing.assert_close(sizes[t + 1], sizes[0] - 0.002 * (total + hint), rtol=1e-10, atol=1e-12)
-
-
-# --------------------------------------------------------------------------------------------------- what training does besides
-@pytest.mark.parametrize("name", ["Adam", "AdamW", "NAdam", "RMSprop", "Adagrad", "maximize", "two groups"])
-def test_steps_ahead_of_other_optimizers(name: str) -> None:
-    """The pull equals that of steps which are really taken, by the same optimizer from the same state."""
-    net = Point()
-
-    def make(params: Any) -> Any:
-        params = list(params)
-        if name == "maximize":
-            return torch.optim.Adam(params, 0.01, maximize=True)
-        if name == "two groups":
-            return torch.optim.SGD(
-                [{"params": params[:1], "lr": 0.05, "momentum": 0.9}, {"params": params[1:], "weight_decay": 0.1}], 0.01
-            )
-        return getattr(torch.optim, name)(params, 0.01)
-
-    optimizer = make(net.parameters())
-    engine = OptimisticMetaGrad.attach(optimizer, Replay(net, net), mode="bootstrapped", lookahead=3, trust=None, meta_lr=1e-12)
-    pulls: list[Tensor] = []
-    original = engine.bootstrap.pull
-    engine.bootstrap.pull = lambda *args: pulls.append(torch.cat(original(*args))) or original(*args)
-    for batch in minibatches(4):
-        start = copy.deepcopy(net)
-        state = copy.deepcopy(optimizer.state_dict())
-        engine.bootstrap.record(batch)
-        optimizer.zero_grad()
-        net(batch).backward()
-        optimizer.step()
-    other = make(start.parameters())
-    other.load_state_dict(state)
-    here = torch.cat([p.detach().clone() for p in start.parameters()])
-    for _ in range(3):
-        other.zero_grad()
-        start(batch).backward()
-        other.step()
-    other.zero_grad()
-    start(batch).backward()
-    sign = -1 if name == "maximize" else 1
-    target = torch.cat([p.detach() - sign * p.grad for p in start.parameters()])
-    torch.testing.assert_close(pulls[-1], here - target, rtol=1e-9, atol=1e-11)
-    assert len(pulls) == 3
-
-
-def test_states_and_random_numbers_stay() -> None:
-    """With a rate of nearly 0 training is that of the optimizer alone: nothing of the steps ahead is left."""
-
-    def train(helped: bool) -> tuple[Tensor, Any, Tensor]:
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(N, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1)).double()
-        optimizer = torch.optim.Adam(net.parameters(), 0.01)
-
-        def step(batch: Any) -> Tensor:
-            return net(batch[0]).square().mean()
-
-        if helped:
-            engine = OptimisticMetaGrad.attach(
-                optimizer, Replay(net, step), mode="bootstrapped", lookahead=2, update="raw", meta_lr=1e-300
-            )
-        for batch in minibatches(10):
-            if helped:
-                engine.bootstrap.record(batch)
-            optimizer.zero_grad()
-            step(batch).backward()
-            optimizer.step()
-        if helped:
-            assert len(engine.factors()) == 6
-        return (
-            torch.cat([value.flatten().double() for value in net.state_dict().values()]),
-            optimizer.state_dict(),
-            torch.get_rng_state(),
-        )
-
-    one, other = train(helped=False), train(helped=True)
-    torch.testing.assert_close(one[0], other[0], rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(one[1]["state"], other[1]["state"], rtol=1e-12, atol=1e-13)
-    assert torch.equal(one[2], other[2])
-
-
-def test_targets_that_are_not_finite() -> None:
-    net = Point()
-    optimizer = torch.optim.SGD(net.parameters(), 0.1)
-    engine = OptimisticMetaGrad.attach(optimizer, Replay(net, net), mode="bootstrapped", target_lr=math.inf)
-    for number, batch in enumerate(minibatches(4)):
-        engine.bootstrap.record(batch)
-        optimizer.zero_grad()
-        net(batch).backward()
-        if number == 1:
-            with pytest.warns(UserWarning, match="a target is not finite"):
-                optimizer.step()
-        else:
-            optimizer.step()
-    assert engine.skipped == 3
-    assert not engine.factors() or all(bool((w == w.flatten()[0]).all()) for w in engine.factors().values())
-    assert all(bool(torch.isfinite(p).all()) for p in net.parameters())
-
-
-def test_what_is_refused() -> None:
-    net = Point()
-    optimizer = torch.optim.SGD(net.parameters(), 0.1)
-    with pytest.raises(ValueError, match="pass replay="):
-        OptimisticMetaGrad.attach(optimizer, mode="bootstrapped")
-    for options, message in (
-        ({"lookahead": 0}, "lookahead must be at least 1"),
-        ({"mu": "entropy"}, "mu must be 'euclidean' or 'loss'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            OptimisticMetaGrad(mode="bootstrapped", **options)
-    engine = OptimisticMetaGrad.attach(optimizer, Replay(net, net), mode="bootstrapped")
-    batch = minibatches(1)[0]
-    net(batch).backward()
-    optimizer.step()  # there is nothing to be judged yet
-    with pytest.raises(RuntimeError, match=r"engine.bootstrap.record\(batch\)"):
-        optimizer.step()
-    engine.detach()
-    free = nn.Parameter(torch.ones(2, dtype=torch.float64))
-    other = torch.optim.SGD([*net.parameters(), free], 0.1)
-    engine = OptimisticMetaGrad.attach(other, Replay(net, net), mode="bootstrapped")
-    free.grad = torch.ones_like(free)
-    other.step()
-    engine.bootstrap.record(batch)
-    with pytest.raises(ValueError, match="register it as torch.nn.Parameter"):
-        other.step()
-
-
-def test_optimizers_that_need_a_closure_look_one_step_ahead() -> None:
-    class Needy(torch.optim.Optimizer):
-        def step(self, closure: Any) -> None:  # type: ignore[override]  # that is the point
-            for param in self.param_groups[0]["params"]:
-                param.data.sub_(param.grad, alpha=self.param_groups[0]["lr"])
-
-    for lookahead in (1, 2):
-        net = Point()
-        optimizer = Needy(net.parameters(), {"lr": 0.1})
-        engine = OptimisticMetaGrad.attach(optimizer, Replay(net, net), mode="bootstrapped", lookahead=lookahead)
-        for number, batch in enumerate(minibatches(2)):
-            engine.bootstrap.record(batch)
-            net(batch).backward()
-            if number and lookahead == 2:
-                with pytest.raises(TypeError) as caught:
-                    optimizer.step(None)
-                assert "use lookahead=1" in caught.value.__notes__[0]
-            else:
-                optimizer.step(None)

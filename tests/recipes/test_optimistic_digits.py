@@ -1,21 +1,13 @@
 """The recipes on digits compare like with like, and the script that draws them counts right."""
 
 import csv
-import importlib.util
-from pathlib import Path
 
 import pytest
 import yaml
+from recipe_script import RECIPES, load_script
 from scipy import stats
 
-FOLDER = Path(__file__).parents[2] / "recipes" / "optimistic"
-
-
-def script():
-    spec = importlib.util.spec_from_file_location("digits_figure", FOLDER / "digits_figure.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+FOLDER = RECIPES / "optimistic"
 
 
 @pytest.mark.parametrize("name", ["digits", "digits_long", "digits_resnet"])
@@ -52,7 +44,7 @@ def test_differences(tmp_path):
                     writer.writerow([problem, method, seed, "test accuracy", value])
                     for metric in ("mean training loss", "last training loss"):
                         writer.writerow([problem, method, seed, metric, "nan" if bad else 0.5 + seed])
-    lines = script().main(tmp_path, tmp_path / "out")
+    lines = load_script("optimistic/digits_figure.py").main(tmp_path, tmp_path / "out")
     assert (tmp_path / "out" / "digits.png").read_bytes().startswith(b"\x89PNG")
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     assert [row[:2] for row in cells] == [["tuned", "SGD"], ["tuned", "SGD + more"], ["10x", "SGD"], ["10x", "SGD + more"]]

@@ -1,22 +1,14 @@
 """The recipe of Figure 2 and the script that draws it, cut down to one problem and few trials."""
 
 import csv
-import importlib.util
-from pathlib import Path
 
 import pytest
 import yaml
+from recipe_script import RECIPES, load_script
 
 from lightning_metaopt.cli import main
 
-FOLDER = Path(__file__).parents[2] / "recipes" / "optimistic"
-
-
-def script():
-    spec = importlib.util.spec_from_file_location("quadratic_figure", FOLDER / "quadratic_figure.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+FOLDER = RECIPES / "optimistic"
 
 
 def test_recipe_and_figure(tmp_path, capsys):
@@ -31,7 +23,7 @@ def test_recipe_and_figure(tmp_path, capsys):
         method["search"] = {first: values[len(values) // 2 :][:2], **{key: rest[:1] for key, rest in others}}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     assert main(["run", str(tmp_path / "small.yaml"), "--output", str(tmp_path / "out")]) == 0
-    lines = script().main(tmp_path / "out", tmp_path / "pictures")
+    lines = load_script("optimistic/quadratic_figure.py").main(tmp_path / "out", tmp_path / "pictures")
     assert (tmp_path / "pictures" / "figure2.png").read_bytes().startswith(b"\x89PNG")
     with (tmp_path / "pictures" / "cumulative.csv").open() as file:
         rows = {row["method"]: float(row["Q1"]) for row in csv.DictReader(file)}
@@ -41,7 +33,9 @@ def test_recipe_and_figure(tmp_path, capsys):
     with (tmp_path / "out" / "tuning.csv").open() as file:
         scores = [float(row["score"]) for row in csv.DictReader(file) if row["method"] == names[1]]
     assert rows[names[1]] == pytest.approx(21 * min(scores))
-    lowest = min(score for _, score in script().sensitivity(tmp_path / "out", 21)["Q1", names[1]])
+    lowest = min(
+        score for _, score in load_script("optimistic/quadratic_figure.py").sensitivity(tmp_path / "out", 21)["Q1", names[1]]
+    )
     assert lowest == pytest.approx(rows[names[1]])
 
 

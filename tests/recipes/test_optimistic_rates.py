@@ -1,23 +1,14 @@
 """The figure of the rates: what it shows is what theory says, and what its files hold."""
 
 import csv
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
-
-FILE = Path(__file__).parents[2] / "recipes" / "optimistic" / "rates.py"
+from recipe_script import load_script
 
 
 @pytest.fixture(scope="module")
 def rates():
-    spec = importlib.util.spec_from_file_location("rates", FILE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["rates"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["rates"]
+    return load_script("optimistic/rates.py")
 
 
 @pytest.fixture(scope="module")
