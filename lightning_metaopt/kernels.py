@@ -22,7 +22,10 @@ _CHECKPOINTING = (
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    return v * (g / torch.norm_except_dim(v, 2, dim))
+    # torch.norm_except_dim has no rule for vmap, which then works problem by problem.
+    others = [axis for axis in range(v.dim()) if axis != dim]
+    length = torch.linalg.vector_norm(v, dim=others, keepdim=True) if dim >= 0 and others else v.abs() if dim >= 0 else v.norm()
+    return v * (g / length)
 
 
 class _PlainWeightNorm(TorchFunctionMode):

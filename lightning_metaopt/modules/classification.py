@@ -37,8 +37,8 @@ class ImageClassifier(LightningModule):
         label_smoothing: share of the target that is spread evenly over all classes in training (Szegedy et al. 2016).
         decayed: whether the optimizer's weight decay acts on ``"all"`` parameters, or only on ``"matrices"`` and larger, so that
             biases and normalisations are left out.
-        l2: weight of the penalty :math:`\\tfrac{l2}{2}\\|\\theta\\|^2` that is added to the training loss, whatever the optimizer makes of
-            its gradient (the weight decay of plain SGD).
+        l2: weight of the penalty :math:`\\tfrac{l2}{2}\\|\\theta\\|^2` in the training loss, whatever the optimizer makes of its
+            gradient (the weight decay of plain SGD).
 
     Raises:
         ValueError: for a negative ``l2``.

@@ -197,6 +197,9 @@ def _reset_through(part: nn.Module, reset: Callable[[], None]) -> bool:
     if not parametrize.is_parametrized(part):
         reset()
         return True
+    steps = [step for computed in part.parametrizations.values() for step in computed]  # type: ignore[operator]  # a ModuleDict
+    if not all(hasattr(step, "right_inverse") for step in steps):
+        return False
     with parametrize.cached():
         reset()
         values = {name: getattr(part, name).detach().clone() for name in part.parametrizations}  # type: ignore[union-attr]  # a ModuleDict

@@ -26,6 +26,23 @@ def test_a_classifier_learns_real_digits_and_its_metrics_are_right():
     assert metrics["test accuracy"] > 0.85
 
 
+@pytest.mark.filterwarnings("ignore:.*self.log.*trainer")
+def test_the_penalty_is_in_the_training_loss_and_nowhere_else():
+    torch.manual_seed(0)
+    net, (every, targets) = LeNet(), images((1, 28, 28)).tensors
+    inputs, labels = every[:8], targets[:8]
+    net.head[1].weight.requires_grad_(False)
+    plain, held = ImageClassifier(net), ImageClassifier(net, l2=0.3)
+    loss, more = (module.training_step((inputs, labels), 0) for module in (plain, held))
+    squares = sum(value.detach().square().sum() for value in net.parameters() if value.requires_grad)
+    assert more.item() - loss.item() == pytest.approx(0.15 * squares.item(), rel=1e-4)
+    for module in (plain, held):
+        module.validation_step((inputs, labels), 0)
+    assert held.loss.compute() == plain.loss.compute()
+    with pytest.raises(ValueError, match="l2 must not be negative"):
+        ImageClassifier(net, l2=-1.0)
+
+
 def test_metrics_of_all_stages_are_right():
     torch.manual_seed(0)
     data = images((1, 28, 28))
