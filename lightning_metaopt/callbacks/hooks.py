@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_metaopt.callbacks.families import has_momentum
 from lightning_metaopt.callbacks.logs import publish
 
 __all__ = ["Move", "StepCallback", "StepEngine"]
@@ -129,12 +130,6 @@ class StepEngine(ABC):
             self.steps += 1
             with torch.autocast(moves[0].param.device.type, enabled=False):  # manual optimisation steps inside autocast
                 self.adjust(moves)
-
-
-def has_momentum(group: dict[str, Any]) -> bool:
-    """Whether a param group averages over steps, as far as it tells; if it does not tell, ``True``."""
-    found = [group[key] for key in ("momentum", "betas", "beta1", "beta") if key in group]
-    return not found or any(bool(value[0] if isinstance(value, (tuple, list)) else value) for value in found)
 
 
 def check(optimizer: Any) -> None:

@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 
 from lightning_metaopt.callbacks.bootstrapped import Bootstrap, bind
 from lightning_metaopt.callbacks.drawing import DrawnStepCallback
+from lightning_metaopt.callbacks.families import has_momentum, normalizes
 from lightning_metaopt.callbacks.fused import Compile
-from lightning_metaopt.callbacks.hooks import has_momentum
 from lightning_metaopt.callbacks.step_sizes import Scope, StepSizes
 from lightning_metaopt.metastep import Additive, Hint, Logarithmic, StepSizeUpdate
 from lightning_metaopt.online.target import Mu
@@ -44,8 +44,8 @@ class OptimisticMetaGrad(DrawnStepCallback):
             differ by orders of magnitude between problems.
         hint: instead of the usual one, ``Hint(of="previous")`` for that of Corollary 1, or other options of it.
         trust: longest step as a fraction of the norm of the parameters; ``None`` for no limit. By default, for ``"log"``,
-            0.15, and 0.1 for base optimizers with momentum, whose steps add up. At tuned rates of Adam's family the first steps are
-            longer than that, and 0.3 is better (``recipes/optimistic/README.md``, Digits).
+            0.15; 0.1 for momentum, whose steps add up; 0.3 for Adam's family and others that divide by the size of the
+            gradients: at tuned rates their first steps are as long (``recipes/optimistic/README.md``, Digits).
         betas: averaging constants of Adam for ``"log"``.
         limit: for ``"log"``, factors stay between ``1 / limit`` and ``limit``.
         fade: for ``"log"``, the rate falls like ``meta_lr / (1 + t / fade)**2`` with the number :math:`t` of meta-steps, so that
@@ -131,7 +131,8 @@ class OptimisticMetaGrad(DrawnStepCallback):
 
     def engine(self, optimizer: Optimizer) -> StepSizes:
         bootstrap = Bootstrap(**self.target) if self.bootstrapped else None
-        usual = 0.1 if any(map(has_momentum, getattr(optimizer, "param_groups", []))) else 0.15
+        groups = getattr(optimizer, "param_groups", [])
+        usual = 0.3 if any(map(normalizes, groups)) else 0.1 if any(map(has_momentum, groups)) else 0.15
         trust = usual if self.trust == "default" else self.trust
         return StepSizes(optimizer, self.update, self.scope, self.hint, trust, bootstrap, self.compile)
 

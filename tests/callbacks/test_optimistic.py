@@ -175,7 +175,13 @@ def test_limits() -> None:
     down = [[(-1.0) ** t] * 3 for t in range(60)]
     assert min(run(down, mode="standard", trust=None, limit=2.0)[1]) == pytest.approx(0.05)
     params = [nn.Parameter(torch.zeros(4))]  # weights that are all 0 can leave it, and not too fast
-    for optimizer, trust in ((torch.optim.SGD(params, 100.0), 0.15), (torch.optim.SGD(params, 100.0, momentum=0.9), 0.1)):
+    for optimizer, trust in (
+        (torch.optim.SGD(params, 100.0), 0.15),
+        (torch.optim.SGD(params, 100.0, momentum=0.9), 0.1),
+        (torch.optim.AdamW(params, 100.0), 0.3),
+        (torch.optim.RMSprop(params, 100.0), 0.3),
+        (torch.optim.Adagrad(params, 100.0), 0.3),
+    ):
         params[0].data.zero_()
         engine = OptimisticMetaGrad.attach(optimizer)
         params[0].grad = torch.ones(4)
