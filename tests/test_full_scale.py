@@ -10,10 +10,12 @@ import yaml
 from full_scale_copies import make_copies
 from lightning.pytorch.callbacks import ModelCheckpoint
 from module_cases import fit
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lightning_metaopt as lmo
 from lightning_metaopt.data import PAPER_SETS, ImageData, paper_images
+from lightning_metaopt.models import ResNet18
 from lightning_metaopt.study.components import build
 from lightning_metaopt.study.spec import Recipe
 
@@ -23,7 +25,10 @@ FOLDER = Path(__file__).parent.parent / "recipes"
 FILES = {path.stem: path for path in (FOLDER / "full_scale").glob("*.yaml")}
 FILES |= {f"optimistic_{name}": FOLDER / "optimistic" / f"{name}.yaml" for name in ("cifar10", "imagenet")}
 RECIPES = sorted(FILES)
+LEARNED = [name for name in RECIPES if "metagrad:" in FILES[name].read_text(encoding="utf-8")]
+TRAINED = ("metamd_diverse_digits", "metamd_fine_tuning")  # the others have the same rules and cost minutes
 STEPS = 36
+WEIGHTS = "weights.safetensors"  # in the folder of the copies
 
 SMALL = {  # laid over the options of each class of a recipe
     "MLP": {},
@@ -40,6 +45,9 @@ SMALL = {  # laid over the options of each class of a recipe
     "WarmupCosine": {"steps": STEPS, "warmup": 4},
     "ImageDomains": {"batch_size": 8, "held_out": 0.4},
     "RotatedImages": {"batch_size": 8},
+    "Unrolled": {"steps": 2, "checkpoint": 1},
+    "Implicit": {"steps": 3},
+    "pretrained": {"path": WEIGHTS},
 }
 PARTS = {"train[:512]": "train[:32]", "train[512:1024]": "train[32:64]", "train[1024:6024]": "train[64:]"}
 HIGH_RESOLUTION = {name for name, known in PAPER_SETS.items() if known.size == 224}
@@ -49,6 +57,7 @@ TRIED = {  # a method with options for which so few steps show something
     "gpc_wmt": ("AdamW", {"lr": 0.01}),
     "metamd_cifar10": ("Adam", {"lr": 0.01}),
     "metamd_diverse_digits": ("Adam", {"lr": 0.003}),
+    "metamd_fine_tuning": ("SGD-M", {"lr": 0.05}),
     "metamd_high_resolution": ("SGD-M", {"lr": 0.05}),
     "metamd_rotated_mnist": ("SGD-M", {"lr": 0.05}),
     "optimistic_cifar10": ("OptimisticMetaGrad without arguments", {"lr": 0.05}),
@@ -60,6 +69,7 @@ SIZES = {  # parameters at full scale
     "gpc_wmt": {32_000 * 512 + 44_140_544},  # that of torch.nn.Transformer and one matrix of embeddings
     "metamd_cifar10": {11_173_962},
     "metamd_diverse_digits": {61_706},
+    "metamd_fine_tuning": {11_176_512 + 513 * classes for classes in (256, 47, 102, 83)},
     "metamd_high_resolution": {11_176_512 + 513 * classes for classes in (256, 47, 102, 83)},
     "metamd_rotated_mnist": {89_610},
     "optimistic_cifar10": {11_173_962},
@@ -71,12 +81,15 @@ SIZES = {  # parameters at full scale
 def copies(tmp_path_factory):
     root = tmp_path_factory.mktemp("copies")
     make_copies(root)
+    torch.manual_seed(0)
+    save_file(ResNet18(classes=1000, width=2, stem="imagenet").state_dict(), root / WEIGHTS)
     return root
 
 
 @pytest.fixture(autouse=True)
 def _in_place_of_the_hub(copies, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("LMO_DATA_DIR", str(copies))
+    monkeypatch.setitem(SMALL, "pretrained", {"path": str(copies / WEIGHTS)})
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "cache")
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.0, raising=False)  # 5 s at the end of each stream
     monkeypatch.setitem(PAPER_SETS, "caltech256", replace(PAPER_SETS["caltech256"], per_class=(18, 6)))
@@ -103,6 +116,8 @@ def small(value):
             options["size"] = 32
     if kind == "ImageDomains" and "classes" in value["init_args"]:
         value["init_args"]["classes"] = 5
+    if "steps_per_epoch" in value:
+        value["steps_per_epoch"] = 2
     if "search" in value:
         value["search"] = {key: item[:1] if isinstance(item, list) else item for key, item in value["search"].items()}
     if "trials" in value and value.get("sampler", "grid") == "grid":
@@ -140,8 +155,12 @@ def test_every_recipe_is_tried():
 def test_the_networks_are_those_of_the_papers(name):
     source = text(name)
     modules = [problem["evaluation"]["init_args"]["module"] for problem in source.get("problems", {"": source}).values()]
+    networks = [module["init_args"]["model"] for module in modules]
+    networks = [
+        network.get("init_args", {}).get("model", network) for network in networks
+    ]  # without the weights of pretrained ones
     with torch.device("meta"):  # the shapes without the numbers
-        models = [build(nn.Module, module["init_args"]["model"], "model") for module in modules]
+        models = [build(nn.Module, network, "model") for network in networks]
     assert {sum(value.numel() for value in model.parameters()) for model in models} == SIZES[name]
 
 
@@ -195,6 +214,46 @@ def test_its_families_can_be_meta_trained_on(recipe):
         assert estimate.loss.isfinite()
         assert estimate.grads["log_lr"].abs() > 0
         assert "read from a local folder" in problem.family.source
+
+
+@pytest.mark.parametrize("recipe", TRAINED, indirect=True)
+def test_its_rules_can_be_meta_trained_and_swapped_in(recipe):
+    problem = next(iter(recipe.problems.values()))
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    learned = [method for method in recipe.methods.values() if method.train is not None]
+    assert len(learned) == 3
+    for method in learned:
+        candidate = method.candidate(problem.family, {})
+        learner = candidate.learner(rule=candidate.rule(), seed=0)
+        before = {name: value.detach().clone() for name, value in learner.rule.named_parameters()}
+        rule = lmo.MetaLoop(**candidate.trainer, **quiet).fit(learner)
+        assert all(value.isfinite().all() for value in rule.parameters())
+        assert any(not torch.equal(value, before[name]) for name, value in rule.named_parameters())
+        result = problem.evaluation.run(None, candidate, rule, seed=0, split="test")
+        assert torch.tensor(result.scores["last training loss"]).isfinite()
+
+
+def test_the_rules_are_the_same_in_all_recipes():
+    assert set(TRAINED) < set(LEARNED)
+    methods = [{name: method for name, method in text(name)["methods"].items() if "train" in method} for name in LEARNED]
+    assert all(len(found) == 3 and found == methods[0] for found in methods)
+
+
+def test_fine_tuning_begins_with_the_weights_of_the_file(recipes, copies):
+    source = small(text("metamd_fine_tuning"))
+    for problem in source["problems"].values():
+        model = build(nn.Module, problem["evaluation"]["init_args"]["module"]["init_args"]["model"], "model")
+        weights = load_file(copies / WEIGHTS)
+        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items() if not name.startswith("head"))
+    with pytest.raises(FileNotFoundError, match="put a file with pretrained weights there"):
+        build(
+            nn.Module,
+            {
+                "class_path": "lightning_metaopt.models.pretrained",
+                "init_args": {"model": {"class_path": "lightning_metaopt.models.ResNet18"}, "path": "none.pt"},
+            },
+            "model",
+        )
 
 
 def test_parts_of_the_paper_sets(copies, monkeypatch):
