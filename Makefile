@@ -37,7 +37,7 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-# Everything that the tables in recipes/quickstart and recipes/dco report (about ten minutes on two cores).
+# Everything that the tables in recipes/quickstart and recipes/dco report (about fifteen minutes on two cores).
 recipes: $(READY)
 	for recipe in recipes/quickstart/*.yaml recipes/dco/*.yaml; do \
 		$(BIN)/lightning-metaopt run $$recipe --output outputs/$$(basename $$recipe .yaml) --overwrite || exit 1; \
