@@ -107,6 +107,48 @@ def test_without_validation_data_the_first_batch_is_held_out():
     assert torch.equal(ModuleFamily(Regression(), [loader]).steps.held_out[0][0], tensors(1.0)[0][:8])
 
 
+def test_batches_are_few_copied_and_the_same_in_every_family():
+    domain = Domain(1.0)
+    one, other = (ModuleFamily(Regression(), [domain], batches=3).steps.training[0] for _ in range(2))
+    assert len(one) == 3
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(one, other, strict=True)), "shuffled by a seed of the family's own"
+
+    def reusing():  # as loaders with pinned memory may
+        batch = [torch.zeros(8, 3, dtype=torch.float64), torch.zeros(8, 1, dtype=torch.float64)]
+        for number in range(3):
+            batch[0].fill_(number)
+            yield batch
+
+    kept = ModuleFamily(Regression(), [reusing()]).steps
+    assert [float(batch[0].mean()) for batch in (kept.held_out[0], *kept.training[0])] == [0.0, 1.0, 2.0]
+
+
+def test_hooks_of_the_data_come_before_those_of_the_module():
+    class Hooked(Regression):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return [2 * batch[0], batch[1]]
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return [batch[0] + 100, batch[1]]
+
+    x = tensors(1.0)[0]
+    family = ModuleFamily(Hooked(), [Domain(1.0, validation=False)])
+    found = torch.cat([batch[0] for batch in (family.steps.held_out[0], *family.steps.training[0])])
+    assert torch.equal(found.sort(0).values, (2 * x + 1).sort(0).values), "the module's first hook, the data's second"
+
+
+def test_frozen_parameters_travel_with_the_task():
+    class Scaled(Regression):
+        def training_step(self, batch, batch_idx):
+            return self.unused.sum() * super().training_step(batch, 0)["loss"]
+
+    task = ModuleFamily(Scaled(), [Domain(1.0)]).draw(seed=0, size=2)
+    params, buffers = task.init(torch.Generator().manual_seed(0))
+    before = task.loss(params, buffers, task.batch(0))
+    task.shared["frozen.unused"] = 3 * task.shared["frozen.unused"]
+    torch.testing.assert_close(task.loss(params, buffers, task.batch(0)), 3 * before)
+
+
 def test_dropout_is_of_problem_and_step_and_off_in_validation():
     family = ModuleFamily(Regression(dropout=0.5), [Domain(1.0)], shared_init=True)
     task = family.draw(seed=0, size=2)
