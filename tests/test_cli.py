@@ -159,5 +159,5 @@ def test_list_names_what_there_is(recipe, capsys):
     out = capsys.readouterr().out
     assert "constraints: Box, L1Ball, NonNegative, ProximalL1, Simplex, TrustRegion" in out
     assert "Estimate" not in out
-    for name in ("DCOMomentum", "LeastSquares", "Unrolled", "validation"):
+    for name in ("DCOMomentum", "LeastSquares", "Unrolled", "validation", "metamd-digits"):
         assert name in out
