@@ -17,6 +17,7 @@ from lightning_metaopt.callbacks.coefficients import MetaOptimizer, numbers_of, 
 from lightning_metaopt.callbacks.controller import Controller, Mode, Options
 from lightning_metaopt.callbacks.drawing import DrawnStepCallback, History
 from lightning_metaopt.callbacks.episodes import Beginning, FixedBatch, Init, reset_parameters
+from lightning_metaopt.callbacks.processes import gathered, of_this_process
 from lightning_metaopt.callbacks.profile import draw_profile
 from lightning_metaopt.callbacks.rollout import bind
 from lightning_metaopt.replay import Replay
@@ -67,14 +68,15 @@ class GPCMetaOpt(DrawnStepCallback):
         log: log the profile :math:`\\eta e_1 + M`, its sum, and counts.
         draw: file for a picture of it, see :class:`~lightning_metaopt.callbacks.drawing.DrawnStepCallback`.
 
-    Rollouts repeat all batches of an accumulated step, with clipping, in the precision of training. Learning is for one process.
-    (Clipping that a module does itself is a constant factor when they are differentiated.) A step whose gradients or
+    Rollouts repeat all batches of an accumulated step, with clipping, in the precision of training. Processes of DDP average the
+    gradients of rollouts as they do their own, and learn the same; in a checkpoint are the batches of all of them. (Clipping
+    that a module does itself is a constant factor when rollouts are differentiated.) A step whose gradients or
     meta-gradients are not finite leaves :math:`M` as it was, and is counted.
 
     Raises:
-        ValueError: for options out of range; when ``fit`` starts, for several processes, and for manual optimisation unless
-            ``mode="gram"``. See
-            :class:`~lightning_metaopt.callbacks.hooks.StepCallback` for others when ``fit`` starts.
+        ValueError: for options out of range; when ``fit`` starts, for manual optimisation unless ``mode="gram"``; for a checkpoint
+            with fixed batches of another number of processes. See :class:`~lightning_metaopt.callbacks.hooks.StepCallback` for
+            others when ``fit`` starts.
 
     >>> from lightning.pytorch.demos.boring_classes import BoringModel
     >>> quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -163,13 +165,6 @@ class GPCMetaOpt(DrawnStepCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        if (
-            trainer.world_size > 1 and self.freeze_after != 0
-        ):  # two processes were found to learn other coefficients than one with the same batches
-            raise ValueError(
-                "GPCMetaOpt learns on one process only: use devices=1, save() what was learned, and train on several processes "
-                "with coefficients= and freeze_after=0"
-            )
         self._episode = self._micro = 0
         if not pl_module.automatic_optimization and (self.options.mode != "gram" or self.fixed or self.episode_steps):
             raise ValueError(
@@ -234,9 +229,11 @@ class GPCMetaOpt(DrawnStepCallback):
             state["episode"] = self._episode
             state["beginning"] = self.beginning.state_dict()
             state["fixed"] = None if self.fixed is None else self.fixed.state_dict()
+            state["processes"] = gathered(state)
         return state
 
     def _restore(self, state: dict[str, Any]) -> None:
+        state = of_this_process(state)
         super()._restore(state)
         self._episode = state["episode"]
         if state["beginning"] is not None:

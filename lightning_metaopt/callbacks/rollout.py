@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import SGD
+from torch.utils.hooks import RemovableHandle
 
 from lightning_metaopt.callbacks.flat import Flat
 from lightning_metaopt.recording import Moment
@@ -51,6 +52,7 @@ class Gradients:
         self.replay: Replay | None = None
         self.clip: Clip | None = None
         self._average: Callable[[Tensor], Tensor] | None = None
+        self._handle: RemovableHandle | None = None
         self._scale: Callable[[], float] = lambda: 1.0
 
     def bind(
@@ -75,14 +77,31 @@ class Gradients:
         """Forget the module and its batches."""
         self.replay = self.clip = self._average = None
         self.moments.clear()
+        self._forget()
 
     def record(self, batch: Any, batch_idx: int = 0, weight: float = 1.0) -> None:
         """Keep a copy of the batch that the next gradient comes from; several, with their weights, if it is accumulated."""
         assert self.replay is not None
-        self.moments.append(self.replay.record(batch, batch_idx, weight=weight, buffers=True))
+        moment = self.replay.record(batch, batch_idx, weight=weight, buffers=True)
+        self.moments.append(moment)
+        if self._average is not None and moment.buffers:
+            # DDP hands the buffers of the first process to the others on its way to the module, just after this.
+            self._forget()
+            self._handle = self.replay.module.register_forward_pre_hook(self._reached)
+
+    def _reached(self, *_: Any) -> None:
+        self._forget()
+        if self.replay is not None and self.moments:
+            self.moments[-1] = replace(self.moments[-1], buffers=self.replay.buffers())
+
+    def _forget(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
 
     def take(self) -> list[Moment]:
         """What was recorded since the last step; it is not kept any longer."""
+        self._forget()
         found, self.moments = self.moments, []
         return found
 
