@@ -246,16 +246,6 @@ def test_refusals() -> None:
             make(**options)
 
 
-def test_learning_on_several_processes_is_refused() -> None:
-    from types import SimpleNamespace
-
-    strategy = SimpleNamespace(handles_gradient_accumulation=False, restore_checkpoint_after_setup=False)
-    trainer = SimpleNamespace(strategy=strategy, world_size=2)
-    with pytest.raises(ValueError, match="freeze_after=0"):
-        make().setup(trainer, module(sgd()), "fit")
-    make(coefficients=[0.1, 0.2, 0.3], freeze_after=0).setup(trainer, module(sgd()), "fit")
-
-
 def test_sharded_strategies_are_refused() -> None:
     from types import SimpleNamespace
 
