@@ -90,26 +90,31 @@ class Controller(StepEngine):
         by_param = {move.param: move for move in moves}
         taken = [by_param.get(param) for param in flat.params]
         grad = flat.join([None if move is None else move.grad for move in taken])
-        old, reached = flat.join([self._old[param] for param in flat.params]), flat.join(flat.params)
-        unit = self.unit or 1.0
-        if self.plain:
-            disturbance = grad * flat.spread([0.0 if move is None else move.lr / unit for move in taken])
-        else:
+        unit, old, reached = self.unit or 1.0, None, None  # copies of all parameters are made where they are needed
+        if not self.plain or (self.learning and (self.options.mode == "onpolicy" or self.options.common_batch)):
+            old = flat.join([self._old[param] for param in flat.params])
+        if not self.plain or (self.learning and self.options.mode == "exact"):
+            reached = flat.join(flat.params)
+        if old is not None and reached is not None and not self.plain:
             disturbance = (old - reached) / unit
-        if not bool(torch.isfinite(grad.dot(grad) + disturbance.dot(disturbance))):
+        else:
+            factor = flat.spread([0.0 if move is None else move.lr / unit for move in taken])
+            disturbance = grad if isinstance(factor, float) and factor == 1.0 else grad * factor
+        square = disturbance.dot(disturbance)
+        if not bool(torch.isfinite(square if disturbance is grad else square + grad.dot(grad))):
             own.skip()
             self.restart()
             return
         if self.learning:
             self._learn(flat, ring, own, grad, moments)
-        ring.write(disturbance)
+        ring.write(disturbance, square)
         ahead = self.learning and self.options.mode == "exact"
         self._mixtures = ring.mixtures(own.value.detach().to(flat.dtype), self.options.rollout if ahead else 1)
         if self.learning:
             self._remember(flat, moves, moments, old, reached)
         if own.steps or self._start is not None:  # else there is nothing to add, and the optimizer's own bits stay
-            for param, part in zip(flat.params, flat.split(reached - self._mixtures[0]), strict=True):
-                param.copy_(part)
+            for param, part in zip(flat.params, flat.split(self._mixtures[0]), strict=True):
+                param.sub_(part)
 
     def _arrange(self, moves: list[Move]) -> tuple[Flat, Ring, Coefficients]:
         # Made at the first step, and afresh when other parameters are trained.
@@ -190,17 +195,19 @@ class Controller(StepEngine):
         groups = {param: group for group in self.optimizer.param_groups for param in group["params"]}
         return [groups[p]["lr"] * groups[p]["weight_decay"] if self.plain else 0.0 for p in flat.params]
 
-    def _remember(self, flat: Flat, moves: list[Move], moments: list[Moment], old: Tensor, reached: Tensor) -> None:
+    def _remember(self, flat: Flat, moves: list[Move], moments: list[Moment], old: Tensor | None, reached: Tensor | None) -> None:
         if not self.replays:
             return
         rates = {move.param: move.lr for move in moves}
         lr = [rates.get(param, 0.0) for param in flat.params]
         decay = [decay if param in rates else 0.0 for param, decay in zip(flat.params, self._decays(flat), strict=True)]
-        vectors = {"reached": reached}
-        if self.options.mode == "onpolicy" or (self.options.common_batch and self.plain):
-            vectors = {"point": old}
-        elif not self.plain and self.options.rollout > 1:
-            vectors["update"] = reached - old
+        vectors: dict[str, Tensor] = {}
+        if old is not None and (self.options.mode == "onpolicy" or (self.options.common_batch and self.plain)):
+            vectors["point"] = old
+        elif reached is not None:
+            vectors["reached"] = reached
+            if old is not None and self.options.rollout > 1:
+                vectors["update"] = reached - old
         self._past = [*self._past[-self.options.rollout + 1 :], Past(moments, lr, decay, vectors)][-self.options.rollout :]
 
     def rule(self) -> GradientPerturbation:

@@ -33,11 +33,11 @@ class Ring:
         self.squares = like.new_zeros(rows)  # of their norms
         self.count = 0
 
-    def write(self, vector: Tensor) -> None:
-        """Append a vector."""
+    def write(self, vector: Tensor, square: Tensor | None = None) -> None:
+        """Append a vector, whose squared norm may be known."""
         place = self.count % len(self.values)
         self.values[place].copy_(vector)
-        self.squares[place] = vector.dot(vector)
+        self.squares[place] = vector.dot(vector) if square is None else square
         self.count += 1
 
     def mixtures(self, coefficients: Tensor, count: int) -> Tensor:
