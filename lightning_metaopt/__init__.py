@@ -3,7 +3,16 @@
 from lightning_metaopt import analysis, baselines, episode, metagrads, objectives, rules, tasks
 from lightning_metaopt.callbacks import EvaluationWeights, GPCMetaOpt, HypergradientDescent, OptimisticMetaGrad, SwapOptimizer
 from lightning_metaopt.loop import MetaLearner, MetaLoop
-from lightning_metaopt.metagrads import Counterfactual, Estimate, ForwardMode, Implicit, MetaGradient, Unrolled, ZerothOrder
+from lightning_metaopt.metagrads import (
+    Adapted,
+    Counterfactual,
+    Estimate,
+    ForwardMode,
+    Implicit,
+    MetaGradient,
+    Unrolled,
+    ZerothOrder,
+)
 from lightning_metaopt.online import OptimisticFTRL
 from lightning_metaopt.optimizer import LearnedOptimizer
 from lightning_metaopt.rule import Rule
@@ -11,6 +20,7 @@ from lightning_metaopt.storage import load_rule, save_rule
 from lightning_metaopt.task import Task, TaskFamily
 
 __all__ = [
+    "Adapted",
     "Counterfactual",
     "Estimate",
     "EvaluationWeights",

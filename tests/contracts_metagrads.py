@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from functools import partial
 
 from contracts import NETS
-from oracles import Reference, of_displacement, of_rollouts, of_statistics, of_the_objective, of_windows, with_recorded_gradients
+from oracles import (
+    Reference,
+    of_adapted,
+    of_displacement,
+    of_rollouts,
+    of_statistics,
+    of_the_objective,
+    of_windows,
+    with_recorded_gradients,
+)
 
 import lightning_metaopt as lmo
 from lightning_metaopt import metagrads, rules
@@ -90,6 +99,17 @@ METAGRADS = [
         steps=1,
         begin=3,
         rule=partial(rules.GradientPerturbation, 2, 0.1, 0.0, "diagonal", NETS.shapes),
+    ),
+    MetaGradRow(
+        "Adapted, same windows",
+        lambda steps: metagrads.Adapted(metagrads.Unrolled(steps), rules.GradientDescent(0.5), 2, "same", together=1),
+        of_adapted("same", 2, 0.5),
+    ),
+    MetaGradRow(
+        "Adapted, next windows",
+        lambda steps: metagrads.Adapted(metagrads.Unrolled(steps), rules.GradientDescent(0.5), 2, "next", together=1),
+        of_adapted("next", 2, 0.5),
+        steps=2,
     ),
     MetaGradRow("Epochs", lambda steps: metagrads.Epochs(metagrads.Unrolled(steps), 100 * steps)),
 ]

@@ -193,3 +193,35 @@ def of_displacement(rule: Rule, episode: Episode, objective: Objective, steps: i
         return value(moved, last) - mixed.sum()
 
     return finite_differences(run, phi)
+
+
+def of_adapted(windows: str, adaptations: int, lr: float) -> Reference:
+    """Finite differences of the objective after gradient steps on phi, each problem alone; where windows begin is held fixed."""
+
+    def reference(rule, episode, objective, steps):
+        def adapted(phi, window):
+            leaves = {name: value.detach().requires_grad_() for name, value in phi.items()}
+            end, losses = unroll(rule, window, steps, leaves, order="second")
+            value = under(rule, leaves, lambda bound: objective(bound, window, end, losses)).mean()
+            grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
+            return {name: phi[name] - lr * grad for name, grad in zip(phi, grads, strict=True)}, end.detach()
+
+        def of_one(alone):
+            begins, phi, window = [], values_of(rule), alone
+            for _ in range(adaptations):
+                begins.append(window)
+                phi, end = adapted(phi, window)
+                window = end if windows == "next" else window
+
+            def run(phi):
+                for begin in begins:
+                    phi, _ = adapted(phi, begin)
+                end, losses = unroll(rule, window, steps, phi)
+                return under(rule, phi, lambda bound: objective(bound, window, end, losses)).mean().detach()
+
+            return finite_differences(run, values_of(rule))
+
+        found = [of_one(episode.select(slice(index, index + 1))) for index in range(episode.size)]
+        return tree_map(lambda *parts: torch.stack(parts).mean(0), *found)
+
+    return reference

@@ -1,5 +1,6 @@
 """Ways of differentiating an unrolled episode; one estimator a file."""
 
+from lightning_metaopt.metagrads.adapted import Adapted
 from lightning_metaopt.metagrads.base import Estimate, MetaGradient, surrogate_loss
 from lightning_metaopt.metagrads.counterfactual import Counterfactual
 from lightning_metaopt.metagrads.epochs import Epochs
@@ -11,6 +12,7 @@ from lightning_metaopt.metagrads.unrolled import Unrolled
 from lightning_metaopt.metagrads.zeroth import ZerothOrder
 
 __all__ = [
+    "Adapted",
     "ConjugateGradient",
     "Counterfactual",
     "Dense",
