@@ -251,7 +251,7 @@ def _draw(folder: Path, groups: dict[tuple[str, str], dict[int, list[tuple[float
         color = colormaps["viridis"](0.9 * (1 - k / max(1, len(profiles) - 1)))
         right.plot(range(2, len(profiles[k]) + 1), profiles[k][1:], "o-", ms=2.5, lw=1.1, color=color, label=f"episode {k + 1}")
     newest = ", ".join(f"{profiles[k][0]:.3f}" for k in (0, len(profiles) - 1))
-    right.set_title(f"GPC, meta_lr 0.0001: profile from lag 2 on (lag 1: {newest})", fontsize=10)
+    right.set_title(f"profile of GPC, meta_lr 0.0001 (lag 1, not drawn: {newest})", fontsize=9)
     right.set_xlabel("lag")
     right.axhline(0, color="0.5", lw=0.8, ls=":")
     right.grid(alpha=0.25)
