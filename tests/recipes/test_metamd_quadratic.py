@@ -1,26 +1,19 @@
 """The loops of Figure 1 against the package."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from recipe_script import load_script
 
 import lightning_metaopt as lmo
 from lightning_metaopt.episode import start
 from lightning_metaopt.objectives import Objective
 from lightning_metaopt.task import Task
 
-PATH = Path(__file__).parents[2] / "recipes" / "metamd" / "quadratic.py"
-
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("metamd_quadratic", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("metamd/quadratic.py")
 
 
 class PlaneTask(Task):

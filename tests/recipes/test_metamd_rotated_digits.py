@@ -1,25 +1,21 @@
 """The recipe leaves out what it tests on, and the script that compares counts right."""
 
 import csv
-import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 import yaml
+from recipe_script import RECIPES, load_script
 from scipy import stats
 
 from lightning_metaopt.study.spec import load_recipe
 
-FOLDER = Path(__file__).parents[2] / "recipes" / "metamd"
+FOLDER = RECIPES / "metamd"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("rotated_digits_figure", FOLDER / "rotated_digits_figure.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("metamd/rotated_digits_figure.py")
 
 
 def test_the_angle_that_is_tested_is_neither_trained_nor_tuned_on():
