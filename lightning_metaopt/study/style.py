@@ -20,6 +20,7 @@ _DASHES: dict[bool, list[tuple[float, ...]]] = {
     True: [(), (9, 1.5), (9, 1.5, 1.5, 1.5)],
     False: [(4, 2), (1.2, 1.6), (4, 1.6, 1.2, 1.6)],
 }
+LETTERS = 9.0  # of a heading, to the inch
 _INK = "#010203"  # stands for the text colour of whatever page the drawing is put on
 
 
@@ -95,7 +96,7 @@ def picture(panels: Sequence[Panel], title: str, legend: dict[str, Style], colum
     rows = -(-len(panels) // columns)
     height = 4.6 * max(panel.height for panel in panels)
     with _settings("#222222"):
-        size = (5.2 * columns + (2.0 if legend else 0), max(height * rows + 0.5, 0.21 * len(legend) + 0.6))
+        size = (5.2 * columns + (2.0 if legend else 0), max(height * rows + 0.5, 0.21 * len(legend) + 1.2))
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         places = figure.subplots(rows, columns, squeeze=False).flat
@@ -104,11 +105,11 @@ def picture(panels: Sequence[Panel], title: str, legend: dict[str, Style], colum
             axes.set_title(panel.title)
         for axes in list(places)[len(panels) :]:
             axes.set_axis_off()
-        # From the left edge, and no wider than the panels: what stands in the middle of all may reach into the legend.
-        figure.suptitle("\n".join(textwrap.wrap(title, 54 * columns)), x=0.01, ha="left")
+        # The heading may be as wide as the figure: the legend stands half way down, with room above it.
+        figure.suptitle("\n".join(textwrap.wrap(title, int(LETTERS * size[0]))), x=0.01, ha="left")
         if legend:
             handles = [Line2D([], [], **style.line()) for style in legend.values()]
-            figure.legend(handles, list(legend), loc="outside right upper", frameon=False, fontsize=9, handlelength=3)
+            figure.legend(handles, list(legend), loc="outside right center", frameon=False, fontsize=9, handlelength=3)
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=110)
     return file.getvalue()
