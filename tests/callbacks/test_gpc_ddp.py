@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_metaopt.callbacks import GPCMetaOpt
 
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+
 ROWS, STEPS = 32, 16  # two epochs of 8 batches
 
 
