@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, final
 
@@ -33,8 +34,8 @@ class Adapted(MetaGradient):
       episode's present window. This is what is done with the rule later on: it adapts on the beginning of some
       problems and then serves on others.
 
-    Iterates at the start of a window are constants. The episode goes on by one window of the **unadapted** rule; the loss is
-    the adapted one's.
+    Iterates at the start of a window are constants. The episode goes on by one window of the **unadapted** rule, unless
+    ``advance="adapted"``; the loss is the adapted one's.
 
     With the paper's step size of 0.001 the inner step changes next to nothing: the estimate is then that of ``inner``, up to a
     small angle. Plain meta-training with ``inner`` is what the paper calls transfer learning.
@@ -50,9 +51,16 @@ class Adapted(MetaGradient):
         family: problems to adapt on, for ``"start"``: new ones at every estimate, as many as the episode has.
         together: problems that share one adapted :math:`\\phi_K`; all by default, 1 for each its own.
         seed: of the problems from ``family``.
+        only: names of the meta-parameters that adapt, such as ``["log_scale"]`` (ANIL, Raghu et al. 2020); all by default.
+        every: adapt where an episode begins and at every so many estimates from there; those between add the last
+            :math:`\\phi_K - \\phi` to the present :math:`\\phi`, which saves most of the time. For ``windows="start"``, first
+            order and all problems together.
+        advance: whose steps the episode goes on by, ``"unadapted"`` or ``"adapted"``: with the latter, later windows begin where
+            the adapted rule gets to, as they do when it serves.
 
     Raises:
-        ValueError: for steps below 1, an ``inner`` that cannot be differentiated, or a family without ``windows="start"``.
+        ValueError: for steps below 1, an ``inner`` that cannot be differentiated, a family without ``windows="start"``, or
+            ``every`` where it has no meaning; when called, for names in ``only`` that the rule does not have.
 
     >>> import lightning_metaopt as lmo
     >>> family, rule = lmo.tasks.Lasso(), lmo.rules.RNNprop(hidden=4)
@@ -72,6 +80,9 @@ class Adapted(MetaGradient):
         family: TaskFamily | None = None,
         together: int | None = None,
         seed: int = 0,
+        only: Sequence[str] | None = None,
+        every: int = 1,
+        advance: Literal["unadapted", "adapted"] = "unadapted",
     ) -> None:
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}; without adaptation use the inner meta-gradient itself")
@@ -89,9 +100,15 @@ class Adapted(MetaGradient):
                 "the derivative of the adaptation needs inner=Unrolled(steps) with one window, without checkpoints, and exact; "
                 "use that, or pass first_order=True"
             )
+        if every < 1 or (every > 1 and not (windows == "start" and first_order and together is None)):
+            raise ValueError(f"every={every} needs windows='start', first_order=True and together=None, and must be at least 1")
+        if advance not in ("unadapted", "adapted") or (advance == "adapted" and windows == "next"):
+            raise ValueError(f"advance must be 'unadapted' or, for other windows than 'next', 'adapted'; got {advance!r}")
         self.inner, self.optimizer, self.steps, self.windows = inner, optimizer, steps, windows
         self.first_order, self.family, self.together, self.seed = first_order, family, together, seed
-        self._drawn = 0
+        self.only, self.every, self.advance = None if only is None else tuple(only), every, advance
+        self._drawn = self._calls = 0
+        self._change: Tree = {}
 
     @property
     def exact_of(self) -> str:
@@ -106,27 +123,35 @@ class Adapted(MetaGradient):
     def gradient_evaluations(self) -> int:
         # Each adaptation's gradient is differentiated once more, at about twice its cost.
         once = self.inner.gradient_evaluations
-        return once * (1 + self.steps * (1 if self.first_order else 3)) + self.inner.inner_steps
+        adaptation = once * self.steps * (1 if self.first_order else 3) // self.every
+        return once + adaptation + self.inner.inner_steps * (self.advance == "unadapted")
 
     def __call__(self, rule: Rule, episode: Episode, objective: Objective) -> Estimate:
         episode = episode.detach()
         size = self.together or episode.size
-        fresh = self._fresh(rule, episode)
+        if episode.step == 0:  # other problems may begin here
+            self._calls = 0
+        again = self._calls % self.every == 0
+        fresh = self._fresh(rule, episode) if again else None
         loss = next(iter(episode.params.values())).new_zeros(())
         total = {name: torch.zeros_like(value) for name, value in rule.named_parameters()}
-        moved = 0.0
+        moved, ends = 0.0, []
         for begin in range(0, episode.size, size):
             part = slice(begin, begin + size)
             now, own = episode.select(part), None if fresh is None else fresh.select(part)
-            value, grads, change = self._differentiate(rule, now, own, objective)
-            loss = loss + value * (now.size / episode.size)
-            total = {name: leaf + grads[name] * (now.size / episode.size) for name, leaf in total.items()}
-            moved = max(moved, change)
-        with torch.no_grad():
-            after = unroll(rule, episode, self.inner_steps)[0]
+            found = self._differentiate(rule, now, own, objective) if again else self._held(rule, now, objective)
+            loss = loss + found.loss * (now.size / episode.size)
+            total = {name: leaf + found.grads[name] * (now.size / episode.size) for name, leaf in total.items()}
+            moved = max(moved, found.info["adaptation"])
+            ends.append(found.episode.detach())
+        if self.advance == "unadapted":
+            with torch.no_grad():
+                ends = [unroll(rule, episode, self.inner_steps)[0].detach()]
+        after = replace(Episode.join(ends), task=episode.task, origin=episode.origin)
         if fresh is not None and self.family is not None:
             self._drawn += 1
-        return Estimate(loss, detach(total), after.detach(), {"adaptation": moved})
+        self._calls = (self._calls + 1) % self.every
+        return Estimate(loss, detach(total), after, {"adaptation": moved})
 
     def _fresh(self, rule: Rule, episode: Episode) -> Episode | None:
         if self.windows != "start":
@@ -141,32 +166,48 @@ class Adapted(MetaGradient):
             raise ValueError("problems with buffers cannot be started again; pass family= for windows='start'")
         return replace(episode, params=episode.origin, state=rule.init(episode.origin), step=0, history={})
 
-    def _differentiate(
-        self, rule: Rule, episode: Episode, fresh: Episode | None, objective: Objective
-    ) -> tuple[Tensor, Tree, float]:
+    def _differentiate(self, rule: Rule, episode: Episode, fresh: Episode | None, objective: Objective) -> Estimate:
         phi = {name: value.detach().requires_grad_() for name, value in rule.named_parameters()}
         current: Tree = dict(phi)
-        axis = {name: value.detach().unsqueeze(0) for name, value in phi.items()}
+        moving = self._moving(phi)
+        axis = {name: phi[name].detach().unsqueeze(0) for name in moving}
         state = _constants(self.optimizer.init(axis))
         window = episode if fresh is None else fresh
         with torch.enable_grad():
             for _ in range(self.steps):
                 grads, end = self._gradient(rule, window, objective, current)
-                batched = {name: grad.unsqueeze(0) for name, grad in grads.items()}
-                values = {name: value.unsqueeze(0) for name, value in current.items()}
+                batched = {name: grads[name].unsqueeze(0) for name in moving}
+                values = {name: current[name].unsqueeze(0) for name in moving}
                 updates, state = self.optimizer(batched, state, values)
-                current = {name: value + updates[name].squeeze(0) for name, value in current.items()}
+                current = current | {name: current[name] + updates[name].squeeze(0) for name in moving}
                 if self.first_order:
                     current, state = tree_map(lambda leaf: leaf.detach().requires_grad_(), current), _constants(state)
                 if self.windows != "same":
                     window = end
             last = window if self.windows == "next" else episode
-            change = torch.stack([(current[name] - value).detach().norm() for name, value in phi.items()]).norm()
+            change = {name: (current[name] - phi[name]).detach() for name in moving}
+            if self.every > 1:
+                self._change = change
             if self.first_order:
-                found = under(rule, current, lambda bound: self.inner(bound, last, objective))
-                return found.loss, found.grads, float(change)
-            value, _ = self._value(rule, last, objective, current)
-            return value.detach(), detach(_derivative(value, phi, False)), float(change)
+                return self._outer(rule, last, objective, current, change)
+            value, end = self._value(rule, last, objective, current)
+            return Estimate(value.detach(), detach(_derivative(value, phi, False)), end, {"adaptation": _length(change)})
+
+    def _outer(self, rule: Rule, episode: Episode, objective: Objective, phi: Tree, change: Tree) -> Estimate:
+        found = under(rule, phi, lambda bound: self.inner(bound, episode, objective))
+        return replace(found, info={"adaptation": _length(change)})
+
+    def _held(self, rule: Rule, episode: Episode, objective: Objective) -> Estimate:
+        # The change of an earlier estimate, added to what the rule has become since.
+        phi = {name: value.detach() for name, value in rule.named_parameters()}
+        moved = {name: phi[name] + change.to(phi[name].device) for name, change in self._change.items()}
+        return self._outer(rule, episode, objective, phi | moved, self._change)
+
+    def _moving(self, phi: Tree) -> Sequence[str]:
+        unknown = [name for name in self.only or () if name not in phi]
+        if unknown:
+            raise ValueError(f"the rule has no meta-parameter {', '.join(unknown)} to adapt; it has {', '.join(phi)}")
+        return list(phi) if self.only is None else self.only
 
     def _gradient(self, rule: Rule, window: Episode, objective: Objective, phi: Tree) -> tuple[Tree, Episode]:
         # Of one window's objective with respect to phi, and the episode after it.
@@ -182,15 +223,21 @@ class Adapted(MetaGradient):
 
     def state_dict(self) -> dict[str, Any]:
         inner = self.inner.state_dict()
-        return ({"drawn": self._drawn} if self.family is not None else {}) | ({"inner": inner} if inner else {})
+        held = {"calls": self._calls, "change": dict(self._change)} if self.every > 1 else {}
+        return ({"drawn": self._drawn} if self.family is not None else {}) | held | ({"inner": inner} if inner else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._drawn = int(state.get("drawn", 0))
+        self._drawn, self._calls = int(state.get("drawn", 0)), int(state.get("calls", 0))
+        self._change = dict(state.get("change", {}))
         self.inner.load_state_dict(state.get("inner", {}))
 
 
 def _constants(state: State) -> State:
     return {slot: detach(tree) for slot, tree in state.items()}
+
+
+def _length(change: Tree) -> float:
+    return float(torch.stack([leaf.norm() for leaf in change.values()]).norm())
 
 
 def _derivative(value: Tensor, phi: Tree, graph: bool) -> Tree:

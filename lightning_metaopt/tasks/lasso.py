@@ -45,6 +45,7 @@ class Lasso(TaskFamily):
         penalty: :math:`\\lambda`, at least 0.
         dim: number of unknowns and of equations.
         log_scale: multiply each :math:`A` by :math:`e^s`, :math:`s` uniform in this range: random scaling of training problems.
+        common_scale: one :math:`s` for all problems that are drawn together, so that there is something to adapt to.
         double: make the problems in float64.
 
     Raises:
@@ -63,6 +64,7 @@ class Lasso(TaskFamily):
         dim: int = 10,
         *,
         log_scale: tuple[float, float] = (0.0, 0.0),
+        common_scale: bool = False,
         double: bool = False,
     ) -> None:
         if dim < 1:
@@ -76,7 +78,7 @@ class Lasso(TaskFamily):
         if not log_scale[0] <= log_scale[1]:
             raise ValueError(f"log_scale must be a range (low, high), got {tuple(log_scale)}")
         self.std, self.ranges, self.penalty, self.dim = std, tuple(ranges), penalty, dim
-        self.log_scale = tuple(log_scale)
+        self.log_scale, self.common_scale = tuple(log_scale), common_scale
         self.dtype = torch.float64 if double else torch.float32
 
     @property
@@ -93,7 +95,8 @@ class Lasso(TaskFamily):
             matrix = self.std * torch.randn(shape, generator=generator, dtype=self.dtype)
         low, high = self.log_scale
         if low or high:
-            matrix = matrix * (low + (high - low) * torch.rand(size, 1, 1, generator=generator, dtype=self.dtype)).exp()
+            drawn = torch.rand(1 if self.common_scale else size, 1, 1, generator=generator, dtype=self.dtype)
+            matrix = matrix * (low + (high - low) * drawn).exp()
         data = {
             "matrix": matrix,
             "target": 2 * torch.rand(size, self.dim, generator=generator, dtype=self.dtype) - 1,

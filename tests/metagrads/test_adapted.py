@@ -132,6 +132,11 @@ def test_other_problems_are_drawn_anew_and_again_after_a_resume():
         ({"steps": 0}, "steps"),
         ({"windows": "last"}, "windows"),
         ({"family": QUADRATICS}, "windows='start'"),
+        ({"every": 2, "windows": "start"}, "first_order=True"),
+        ({"every": 2, "first_order": True}, "windows='start'"),
+        ({"every": 0}, "every"),
+        ({"advance": "adapted"}, "'next'"),
+        ({"advance": "both", "windows": "same"}, "advance"),
         ({"together": 0}, "together"),
         ({"optimizer": rules.MetaSGD({"w": (1,)})}, "sized per parameter"),
         ({"inner": metagrads.Unrolled(4, window=2)}, "first_order=True"),
@@ -149,3 +154,44 @@ def test_problems_with_buffers_are_not_started_again():
     how = metagrads.Adapted(metagrads.Unrolled(1), rules.GradientDescent(0.1), windows="start")
     with pytest.raises(ValueError, match="family="):
         how(rule, start(rule, NETS.draw(seed=0, size=2)), FINAL)
+
+
+def test_only_the_named_meta_parameters_adapt():
+    rule = rules.HeavyBall(0.1, 0.5).double()
+    episode = start(rule, Parabola({"a": torch.tensor([1.0, 3.0], dtype=torch.float64)}))
+    how = metagrads.Adapted(metagrads.Unrolled(3), rules.GradientDescent(0.7).double(), 1, "same", True, only=["log_lr"])
+    estimate = how(rule, episode, FINAL)
+    plain = metagrads.Unrolled(3)(rule, episode, FINAL)
+    adapted = {"log_lr": (rule.log_lr - 0.7 * plain.grads["log_lr"]).detach()}
+    assert estimate.info["adaptation"] == pytest.approx(0.7 * float(plain.grads["log_lr"].abs()), rel=1e-6)
+    end, losses = unroll(rule, episode, 3, adapted)
+    torch.testing.assert_close(estimate.loss, FINAL(rule, episode, end, losses).mean().detach(), rtol=1e-6, atol=0)
+    assert set(estimate.grads) == {"log_lr", "momentum_logit"}
+    with pytest.raises(ValueError, match="log_rate"):
+        metagrads.Adapted(metagrads.Unrolled(3), rules.GradientDescent(0.7), only=["log_rate"])(rule, episode, FINAL)
+
+
+def test_an_adaptation_is_held_for_some_estimates_and_over_a_resume():
+    rule, episode = parabola(1.0, 3.0)
+
+    def make(every):
+        optimizer = rules.GradientDescent(0.7).double()
+        return metagrads.Adapted(metagrads.Unrolled(2), optimizer, 2, "start", True, every=every, advance="adapted")
+
+    how = make(2)
+    first = how(rule, episode, FINAL)
+    saved = how.state_dict()
+    changed = first.info["adaptation"]
+    with torch.no_grad():
+        rule.log_lr.add_(0.5)
+    second = how(rule, first.episode, FINAL)
+    assert second.info["adaptation"] == changed
+    sign = 1 if float(first.grads["log_lr"]) < 0 else -1  # downhill
+    end, losses = unroll(rule, first.episode, 2, {"log_lr": rule.log_lr.detach() + sign * changed})
+    torch.testing.assert_close(second.loss, FINAL(rule, episode, end, losses).mean().detach())
+    assert torch.equal(second.episode.params["x"], end.params["x"])
+    assert how(rule, second.episode, FINAL).info["adaptation"] != changed
+    again = make(2)
+    again.load_state_dict(saved)
+    assert torch.equal(again(rule, first.episode, FINAL).loss, second.loss)
+    assert again(rule, episode, FINAL).info["adaptation"] != changed  # a new episode is adapted to at once

@@ -74,6 +74,16 @@ def test_random_scaling_is_log_uniform_for_each_problem():
     assert abs(logs.mean() - high / 2) < 0.3
 
 
+def test_a_common_scale_is_one_for_each_draw():
+    plain, scaled = (
+        [tasks.Lasso(std=1.0, log_scale=scale, common_scale=True).draw(seed=seed, size=4).data["matrix"] for seed in range(50)]
+        for scale in ((0.0, 0.0), (0.0, 3.0))
+    )
+    ratio = torch.stack(scaled) / torch.stack(plain)
+    torch.testing.assert_close(ratio, ratio[:, :1, :1, :1].expand_as(ratio))
+    assert ratio[:, 0, 0, 0].log().std() > 0.5
+
+
 def test_rosenbrock_has_its_minimum_at_one_and_the_known_gradient():
     family = tasks.Rosenbrock(double=True)
     task = family.draw(seed=0, size=1000)
