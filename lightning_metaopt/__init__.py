@@ -1,7 +1,14 @@
 """Learned optimizers and meta-learning for PyTorch Lightning."""
 
 from lightning_metaopt import analysis, baselines, episode, metagrads, objectives, rules, tasks
-from lightning_metaopt.callbacks import EvaluationWeights, GPCMetaOpt, HypergradientDescent, OptimisticMetaGrad, SwapOptimizer
+from lightning_metaopt.callbacks import (
+    Curriculum,
+    EvaluationWeights,
+    GPCMetaOpt,
+    HypergradientDescent,
+    OptimisticMetaGrad,
+    SwapOptimizer,
+)
 from lightning_metaopt.loop import MetaLearner, MetaLoop
 from lightning_metaopt.metagrads import (
     Adapted,
@@ -22,6 +29,7 @@ from lightning_metaopt.task import Task, TaskFamily
 __all__ = [
     "Adapted",
     "Counterfactual",
+    "Curriculum",
     "Estimate",
     "EvaluationWeights",
     "ForwardMode",
