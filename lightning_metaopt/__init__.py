@@ -1,6 +1,7 @@
 """Learned optimizers and meta-learning for PyTorch Lightning."""
 
 from lightning_metaopt import analysis, baselines, episode, metagrads, objectives, rules, tasks
+from lightning_metaopt.adaptation import Adaptation, adapt
 from lightning_metaopt.callbacks import (
     Curriculum,
     EvaluationWeights,
@@ -27,6 +28,7 @@ from lightning_metaopt.storage import load_rule, save_rule
 from lightning_metaopt.task import Task, TaskFamily
 
 __all__ = [
+    "Adaptation",
     "Adapted",
     "Counterfactual",
     "Curriculum",
@@ -48,6 +50,7 @@ __all__ = [
     "TaskFamily",
     "Unrolled",
     "ZerothOrder",
+    "adapt",
     "analysis",
     "baselines",
     "episode",

@@ -14,18 +14,12 @@ from torch.nn.utils import get_total_norm
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_metaopt.checks import (
-    check_checkpoint,
-    check_processes,
-    check_sizes,
-    refuse_half_precision,
-    refuse_sharding,
-    validation_is_due,
-)
+from lightning_metaopt import checks
+from lightning_metaopt.adaptation import Adaptation, adapt
 from lightning_metaopt.guard import Best, too_large
 from lightning_metaopt.held_out import HeldOut
 from lightning_metaopt.ledger import Cost, Ledger
-from lightning_metaopt.metagrads import MetaGradient, Unrolled, surrogate_loss
+from lightning_metaopt.metagrads import Adapted, MetaGradient, Unrolled, surrogate_loss
 from lightning_metaopt.objectives import Objective, resolve_objective
 from lightning_metaopt.rule import Rule
 from lightning_metaopt.task import TaskFamily
@@ -99,7 +93,7 @@ class MetaLearner(LightningModule):
     ) -> None:
         super().__init__()
         metagrad = metagrad or Unrolled(steps=1)
-        check_sizes(
+        checks.check_sizes(
             tasks=tasks,
             pool=pool,
             horizon=horizon,
@@ -142,6 +136,13 @@ class MetaLearner(LightningModule):
         """Mean training loss of the held-out problems at inner steps 0 to ``val_steps``, at the latest validation."""
         return self.ledger.val_curve
 
+    def adapt(self, family: TaskFamily, steps: int = 5, **options: Any) -> Adaptation:
+        """:func:`~lightning_metaopt.adaptation.adapt` its rule to ``family``, with its meta-gradient (the inner one of an
+        :class:`Adapted`) and its objective unless ``options`` name others. The learner's own rule stays as it is.
+        """
+        metagrad = self.metagrad.inner if isinstance(self.metagrad, Adapted) else self.metagrad
+        return adapt(self.rule, family, steps, **{"metagrad": metagrad, "objective": self.objective} | options)
+
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.rule.parameters())
         if isinstance(optimizer, LBFGS):
@@ -165,9 +166,9 @@ class MetaLearner(LightningModule):
         return ["test"] if self.val_tasks else []
 
     def setup(self, stage: str) -> None:
-        refuse_sharding(self.trainer.strategy)
-        refuse_half_precision(self.trainer.precision)
-        check_processes(self.tasks, self.val_tasks, self.trainer.world_size)
+        checks.refuse_sharding(self.trainer.strategy)
+        checks.refuse_half_precision(self.trainer.precision)
+        checks.check_processes(self.tasks, self.val_tasks, self.trainer.world_size)
         self.held_out.place(self.trainer.global_rank, self.trainer.world_size)
 
     def on_train_start(self) -> None:
@@ -247,11 +248,11 @@ class MetaLearner(LightningModule):
             "drawn": self._drawn_from,
             "episodes": self.episodes.state_dict(self._gather),
             "metagrad": self.metagrad.state_dict(),
-            "validation_due": validation_is_due(self.trainer) and not self.ledger.has("val_loss", self.global_step),
+            "validation_due": checks.validation_is_due(self.trainer) and not self.ledger.has("val_loss", self.global_step),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = check_checkpoint(checkpoint.get(KEY), FORMAT, self._drawn_from)
+        state = checks.check_checkpoint(checkpoint.get(KEY), FORMAT, self._drawn_from)
         self.episodes.load_state_dict(state["episodes"])
         self.metagrad.load_state_dict(state["metagrad"])
         self._validation_due = state["validation_due"]

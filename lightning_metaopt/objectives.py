@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Protocol, final, runtime_checkable
+from dataclasses import replace
+from typing import Any, Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from lightning_metaopt.episode import Episode
-from lightning_metaopt.rule import Rule
-from lightning_metaopt.tree import Tree
+from lightning_metaopt.episode import Episode, unroll
+from lightning_metaopt.rule import Rule, State
+from lightning_metaopt.tree import Tree, detach
 
 __all__ = [
     "FinalLoss",
+    "Imitation",
     "LogLoss",
     "MeanLoss",
     "Mirror",
@@ -173,6 +175,70 @@ class MirrorBound(Objective):
             distance = mirror.distance_from_identity()
             value = value + self.gamma * (distance.square() if self.squared else distance)
         return value
+
+
+@final
+class Imitation(Objective):
+    """Another objective, plus the squared distance from what an ordinary optimizer would do (Chen et al.: *Training Stronger
+    Baselines for Learning to Optimize*, NeurIPS 2020).
+
+    .. math:: L + w\\sum_{t<T}\\|u_t - \\bar u_t\\|^2 ,
+
+    where the teacher makes the steps :math:`\\bar u_t` from where the window begins, and :math:`u_t` is what the rule would do with
+    the same gradients: every iterate of the teacher's is compared with the one that the rule would have put in its place. The
+    rule begins with the state that it has; the teacher, whose state is not carried from window to window, with a fresh one.
+    This costs one more unroll, with inner gradients as constants. For meta-gradients in reverse mode or without derivatives.
+
+    Args:
+        teacher: a rule, such as ``rules.Adam(0.01)``; it is not trained.
+        weight: :math:`w`, positive, in units of the objective over the square of the parameters'.
+        objective: :math:`L`, an object or its short name.
+
+    Raises:
+        ValueError: for a weight that is not positive.
+    """
+
+    def __init__(self, teacher: Rule, weight: float = 1.0, objective: Objective | str = "sum") -> None:
+        if not weight > 0:
+            raise ValueError(f"weight must be positive, got {weight}; without imitation use the objective itself")
+        self.teacher, self.weight, self.objective = teacher, weight, resolve_objective(objective)
+
+    def __call__(self, rule: Rule, start: Episode, end: Episode, losses: Tensor) -> Tensor:
+        begin = start.detach()
+        beside = _Beside(rule, self.teacher, begin.state)
+        begin = replace(begin, state=beside.init(begin.params))
+        after = unroll(beside, begin, len(losses), order="first" if torch.is_grad_enabled() else "none")[0]
+        return self.objective(rule, start, end, losses) + self.weight * torch.stack(list(after.state["apart"].values())).sum(0)
+
+
+@final
+class _Beside(Rule):
+    # The teacher's steps; in its state, how far off the student's would have been.
+
+    def __init__(self, student: Rule, teacher: Rule, state: State) -> None:
+        super().__init__()
+        self.student, self.teacher, self._begin = student, teacher, state
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {}
+
+    def init(self, params: Tree) -> State:
+        state = {f"student/{slot}": tree for slot, tree in self._begin.items()}
+        state |= {f"teacher/{slot}": detach(tree) for slot, tree in self.teacher.init(params).items()}
+        return state | {"apart": {name: leaf.new_zeros(len(leaf)) for name, leaf in params.items()}}
+
+    def forward(self, grads: Tree, state: State, params: Tree, loss: Tensor | None = None) -> tuple[Tree, State]:
+        new: State = {}
+        found = {}
+        for who, part in (("student", self.student), ("teacher", self.teacher)):
+            own = {slot.removeprefix(f"{who}/"): tree for slot, tree in state.items() if slot.startswith(f"{who}/")}
+            found[who], after = part(grads, own, params, loss)
+            new |= {f"{who}/{slot}": tree for slot, tree in after.items()}
+        steps = detach(found["teacher"])
+        apart = {name: (found["student"][name] - step).square().reshape(len(step), -1).sum(1) for name, step in steps.items()}
+        new["apart"] = {name: state["apart"][name] + distance for name, distance in apart.items()}
+        return steps, new
 
 
 PRESETS: dict[str, type[Objective]] = {

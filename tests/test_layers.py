@@ -24,6 +24,7 @@ LEVELS = [
     {"rules", "metagrads", "tasks", "models"},
     {"analysis", "storage", "inplace", "guard", "checks", "ledger", "task_loader"},
     {"deployment", "held_out"},
+    {"adaptation"},
     {"optimizer", "learner", "baselines", "online"},
     {"loop", "callbacks", "data", "modules", "differentiable"},
     {"study"},

@@ -5,6 +5,7 @@ import lightning_metaopt as lmo
 from lightning_metaopt.episode import start, unroll
 from lightning_metaopt.objectives import (
     FinalLoss,
+    Imitation,
     LogLoss,
     MeanLoss,
     MirrorBound,
@@ -140,3 +141,59 @@ def test_the_mirror_bound_refuses_what_it_cannot_judge(window):
     with pytest.raises(ValueError, match="where it began"):
         MirrorBound()(rule, begin, lost, torch.zeros(4, 2))
     assert type(resolve_objective("bound")) is MirrorBound
+
+
+class Bowl(Task):
+    """a |x|^2 / 2 in two coordinates."""
+
+    def init(self, generator):
+        return {"x": self.data["start"]}, {}
+
+    def loss(self, params, buffers, batch):
+        return 0.5 * batch["a"] * params["x"].square().sum(1)
+
+
+@pytest.mark.parametrize("steps_before", [0, 3])
+def test_imitation_compares_steps_along_the_teachers_path(steps_before):
+    task = Bowl({"a": torch.tensor([1.0, 3.0], dtype=torch.float64), "start": torch.ones(2, 2, dtype=torch.float64)})
+    rule, teacher = lmo.rules.HeavyBall(0.05, 0.7).double(), lmo.rules.HeavyBall(0.2, 0.5).double()
+    begin = unroll(rule, start(rule, task), steps_before)[0].detach()
+    end, losses = unroll(rule, begin, 4, order="first")
+    found = Imitation(teacher, weight=3.0, objective="mean")(rule, begin, end, losses)
+
+    # Both written out: the student with its own momentum, the teacher without any at the beginning of the window.
+    x, ours = begin.params["x"], begin.state["momentum"]["x"]
+    theirs, apart = torch.zeros_like(x), 0
+    phi = {name: value.detach().clone().requires_grad_() for name, value in rule.named_parameters()}
+    for _ in range(4):
+        grad = task.data["a"].unsqueeze(1) * x
+        ours = phi["momentum_logit"].sigmoid() * ours + grad
+        theirs = 0.5 * theirs + grad
+        apart = apart + (-phi["log_lr"].exp() * ours + 0.2 * theirs).square().sum(1)
+        x = x - 0.2 * theirs
+    torch.testing.assert_close(found, MeanLoss()(rule, begin, end, losses) + 3.0 * apart, rtol=1e-6, atol=1e-12)
+
+    added = (found - MeanLoss()(rule, begin, end, losses)).sum()
+    wanted = torch.autograd.grad(3.0 * apart.sum(), list(phi.values()))
+    got = torch.autograd.grad(added, [dict(rule.named_parameters())[name] for name in phi])
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-10)
+    assert all(value.grad is None for value in teacher.parameters())
+
+
+def test_imitation_of_oneself_adds_nothing_and_meta_training_comes_close_to_the_teacher():
+    family = lmo.tasks.LeastSquares(dim=3, rows=5)
+    rule = lmo.rules.GradientDescent(lr=0.01)
+    begin = start(rule, family.draw(seed=0, size=2))
+    end, losses = unroll(rule, begin, 3)
+    same = Imitation(lmo.rules.GradientDescent(lr=0.01), 5.0, "final")(rule, begin, end, losses)
+    torch.testing.assert_close(same, FinalLoss()(rule, begin, end, losses))
+    objective = Imitation(lmo.rules.GradientDescent(lr=0.03), 1e4, "final")
+    optimizer = torch.optim.Adam(rule.parameters(), lr=0.1)
+    for _ in range(60):
+        estimate = lmo.Unrolled(3)(rule, begin, objective)
+        rule.log_lr.grad = estimate.grads["log_lr"]
+        optimizer.step()
+    assert rule.describe()["lr"] == pytest.approx(0.03, rel=0.02)
+    with pytest.raises(ValueError, match="weight"):
+        Imitation(rule, weight=0.0)

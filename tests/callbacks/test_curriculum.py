@@ -54,8 +54,8 @@ class Scripted(lmo.metagrads.MetaGradient):
         return lmo.Estimate(torch.tensor(0.0), grads, episode.detach())
 
 
-def scripted(validations, stages=(2, 4, 8), patience=2):
-    """Meta-steps of a run whose validations give these losses, a validation after every meta-step: rates, lengths of episodes."""
+def scripted(validations, stages=(2, 4, 8), patience=2, batches=1):
+    """A run whose validations, one after every meta-step, give these losses: what its meta-steps saw, lengths of validations."""
     metagrad = Scripted()
     learner = lmo.MetaLearner(
         lmo.rules.HeavyBall(lr=1.0),
@@ -63,7 +63,7 @@ def scripted(validations, stages=(2, 4, 8), patience=2):
         metagrad,
         optimizer=partial(torch.optim.SGD, lr=1.0),
         tasks=2,
-        steps_per_epoch=1,
+        steps_per_epoch=batches,
         val_tasks=1,
         guard_factor=None,
     )
@@ -75,7 +75,7 @@ def scripted(validations, stages=(2, 4, 8), patience=2):
 
     learner.held_out.evaluate = evaluate
     curriculum = lmo.Curriculum(stages, patience)
-    quiet = {"accelerator": "cpu", "enable_progress_bar": False}
+    quiet = {"accelerator": "cpu", "enable_progress_bar": False, "accumulate_grad_batches": batches}
     lmo.MetaLoop(max_steps=len(validations), callbacks=[curriculum], **quiet).fit(learner)
     return metagrad.seen, lengths, left, curriculum
 
@@ -100,10 +100,11 @@ def test_a_stage_ends_after_validations_without_progress_and_the_next_begins_fro
     assert left == [80.0][: len(left)]
 
 
-def test_a_stage_without_any_progress_ends_meta_training():
-    seen, _, left, curriculum = scripted([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+@pytest.mark.parametrize("batches", [1, 2])
+def test_a_stage_without_any_progress_ends_meta_training(batches):
+    seen, _, left, curriculum = scripted([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], batches=batches)
     assert curriculum.stage == 0
-    assert len(seen) == 3
+    assert len(seen) == 2 * batches + 1  # the batch under way is the last
     assert len(left) == 2
 
 
