@@ -120,6 +120,10 @@ def _unsized(cls: type[Rule], **options: Any) -> Callable[[Shapes], Rule]:
     return lambda _: cls(**options)
 
 
+def _safeguarded(cls: type[Rule], **options: Any) -> Callable[[Shapes], Rule]:
+    return lambda _: rules.Safeguarded(cls(**options), rules.GradientDescent(lr=0.1))
+
+
 SIMPLEX = tasks.SimplexLeastSquares(dim=4, rows=24, spread=0.0, double=True)
 BOX = (torch.cat([torch.eye(4), -torch.eye(4)]), torch.full((8,), 1.5))
 PROGRAM = {"family": QUADRATICS, "steps": 1, "precision": 1e-7, "meta_precision": 2e-4, "lowers": 15, "float32": False}
@@ -186,6 +190,8 @@ RULES = [
     RuleRow("RNNprop", _unsized(rules.RNNprop, hidden=4, scale=0.1, seed=2)),
     RuleRow("RNNprop, two layers", _unsized(rules.RNNprop, layers=2, hidden=3, scale=0.1, learn_scale=True, chunk=2, seed=3)),
     RuleRow("L2O", _unsized(rules.L2O, hidden=4, scale=0.1, chunk=3, seed=2)),
+    RuleRow("Safeguarded RNNprop", _safeguarded(rules.RNNprop, hidden=3, scale=0.1, seed=2), wiggle=1e-5),
+    RuleRow("Safeguarded HeavyBall", _safeguarded(rules.HeavyBall, lr=0.2, momentum=0.9), wiggle=1e-5, few=True),
     RuleRow("ConvexProgram.gradient", partial(rules.ConvexProgram.gradient, scale=2.0), **PROGRAM),
     RuleRow("ConvexProgram.momentum", partial(rules.ConvexProgram.momentum, scale=2.0, averaging=0.4), **PROGRAM),
     RuleRow("ConvexProgram.general_descent", partial(rules.ConvexProgram.general_descent, matrix_scale=0.2), **PROGRAM),

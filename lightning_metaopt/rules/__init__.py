@@ -15,6 +15,7 @@ from lightning_metaopt.rules.mirror_kronecker import KroneckerMirror
 from lightning_metaopt.rules.mirror_maps import EntropyMirror, PNormMirror
 from lightning_metaopt.rules.program import ConvexProgram
 from lightning_metaopt.rules.rnnprop import RNNprop
+from lightning_metaopt.rules.safeguarded import Safeguarded
 from lightning_metaopt.rules.scaling import ElementwiseScale
 from lightning_metaopt.rules.sign import AddSign, PowerSign
 
@@ -50,6 +51,7 @@ __all__ = [
     "QuadraticMirror",
     "RMSprop",
     "RNNprop",
+    "Safeguarded",
     "Simplex",
     "TrustRegion",
 ]
