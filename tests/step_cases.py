@@ -12,7 +12,8 @@ from swap_cases import PACKAGES, QUIET
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_metaopt.callbacks.hooks import Move, StepCallback, StepEngine
+from lightning_metaopt.callbacks.base import StepCallback
+from lightning_metaopt.callbacks.hooks import Move, StepEngine
 
 STEPS = 100
 

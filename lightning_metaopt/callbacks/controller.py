@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from lightning_metaopt.callbacks.adjoints import Adjoints, of_decay, of_path, of_rollout
 from lightning_metaopt.callbacks.coefficients import Coefficients, MetaOptimizer
 from lightning_metaopt.callbacks.flat import Flat
 from lightning_metaopt.callbacks.hooks import Move, StepEngine
 from lightning_metaopt.callbacks.ring import Ring
-from lightning_metaopt.callbacks.rollout import Gradients, Past, adjoints
+from lightning_metaopt.callbacks.rollout import Gradients, Past
 from lightning_metaopt.recording import Moment
 from lightning_metaopt.rules.control import GradientPerturbation
 from lightning_metaopt.tree import escape
@@ -72,10 +73,16 @@ class Controller(StepEngine):
         self.coefficients: Coefficients | None = None
         self._start = start
         self._flat: Flat | None = None
+        self._room: Tensor | None = None  # for the gradient
         self._ring: Ring | None = None
         self._past: list[Past] = []
         self._mixtures: Tensor | None = None
         self._loaded: dict[str, Any] | None = None
+
+    @property
+    def compares(self) -> bool:
+        """Whether the parameters before a step are needed after it."""
+        return not self.plain or (self.learning and (self.options.mode == "onpolicy" or self.options.common_batch))
 
     @property
     def replays(self) -> bool:
@@ -89,9 +96,9 @@ class Controller(StepEngine):
         flat, ring, own = self._arrange(moves)
         by_param = {move.param: move for move in moves}
         taken = [by_param.get(param) for param in flat.params]
-        grad = flat.join([None if move is None else move.grad for move in taken])
+        grad = self._room = flat.join([None if move is None else move.grad for move in taken], self._room)
         unit, old, reached = self.unit or 1.0, None, None  # copies of all parameters are made where they are needed
-        if not self.plain or (self.learning and (self.options.mode == "onpolicy" or self.options.common_batch)):
+        if self.compares:
             old = flat.join([self._old[param] for param in flat.params])
         if not self.plain or (self.learning and self.options.mode == "exact"):
             reached = flat.join(flat.params)
@@ -122,7 +129,7 @@ class Controller(StepEngine):
         if self.unit is None:
             self.unit = next((move.base_lr for move in moves if move.base_lr), 1.0)
         if self._flat is None or self._ring is None or not self._flat.fits(params):
-            self._flat = Flat(params)
+            self._flat, self._room = Flat(params), None
             like = torch.zeros(self._flat.size, dtype=self._flat.dtype, device=self._flat.device)
             rows = self.options.history + (self.options.rollout - 1 if self.learning else 0)
             self._ring, self._past, self._mixtures = Ring(rows, like, self.options.bf16), [], None
@@ -168,28 +175,21 @@ class Controller(StepEngine):
                 "there is no batch to compute a rollout on; outside of a Trainer, call engine.gradients.record(batch) before "
                 "each step"
             )
-        vectors = self._adjoints(flat, grad, moments)
-        meta = -ring.products(vectors, own.value.detach())
+        found = self._adjoints(flat, grad, moments)
+        meta = -ring.products(found.vectors, found.uses, own.value.detach())
         if self.options.normalize:
-            meta = meta / (torch.linalg.vector_norm(vectors[0]) * ring.squares.mean().sqrt()).clamp(min=1e-30)
+            meta = meta / (torch.linalg.vector_norm(found.vectors[0]) * ring.squares.mean().sqrt()).clamp(min=1e-30)
         own.step(meta)
 
-    def _adjoints(self, flat: Flat, grad: Tensor, moments: list[Moment]) -> Tensor:
+    def _adjoints(self, flat: Flat, grad: Tensor, moments: list[Moment]) -> Adjoints:
         options, length = self.options, self.options.rollout
         if options.mode == "exact" and not (length == 1 and self.gradients.clip is None and not options.common_batch):
             assert self._mixtures is not None
             kept = {"plain": self.plain, "common": options.common_batch}
-            return adjoints(self.gradients, self._past, moments, self._mixtures, flat, **kept)
-        vectors = [grad]
-        for number in range(1, length):
-            last, step = vectors[-1], self._past[-number] if self.replays else None
-            if step is None:
-                vectors.append(last * (1 - flat.spread(self._decays(flat))))
-            else:
-                now = moments if options.common_batch else step.moments
-                _, pull = self.gradients.linearised(now, step.vectors["point"], flat)
-                vectors.append((1 - flat.spread(step.decay)) * last - pull(flat.spread(step.lr) * last))
-        return torch.stack(vectors)
+            return of_rollout(self.gradients, self._past, moments, self._mixtures, flat, **kept)
+        if not self.replays:
+            return of_decay(grad, flat.spread(self._decays(flat)), length)
+        return of_path(self.gradients, grad, self._past, moments if options.common_batch else None, flat)
 
     def _decays(self, flat: Flat) -> list[float]:
         groups = {param: group for group in self.optimizer.param_groups for param in group["params"]}

@@ -12,7 +12,7 @@ from typing import Any, final
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_metaopt.callbacks.hooks import StepCallback
+from lightning_metaopt.callbacks.base import StepCallback
 
 __all__ = ["DrawnStepCallback", "History", "draw"]
 
@@ -83,7 +83,7 @@ class DrawnStepCallback(StepCallback, ABC):
     """A step callback that can draw what it has logged, when ``fit`` ends.
 
     Args:
-        optimizer_index: see :class:`~lightning_metaopt.callbacks.hooks.StepCallback`.
+        optimizer_index: see :class:`~lightning_metaopt.callbacks.base.StepCallback`.
         log: see there.
         draw: file for the picture, of any kind that matplotlib writes; a relative path is taken from the logger's folder, or
             without one from ``default_root_dir``. ``None`` for no picture. Process 0 writes it. What is drawn is what was

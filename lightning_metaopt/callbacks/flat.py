@@ -49,9 +49,10 @@ class Flat:
             and self.sizes == [param.numel() for param in params]
         )
 
-    def join(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """One tensor for each parameter as one vector; ``None`` for zeros."""
-        out = torch.empty(self.size, dtype=self.dtype, device=self.device)
+    def join(self, tensors: Sequence[Tensor | None], out: Tensor | None = None) -> Tensor:
+        """One tensor for each parameter as one vector; ``None`` for zeros. ``out`` takes it, instead of new memory."""
+        if out is None:
+            out = torch.empty(self.size, dtype=self.dtype, device=self.device)
         for place, tensor in zip(out.split(self.sizes), tensors, strict=True):
             place.zero_() if tensor is None else place.copy_(tensor.detach().reshape(-1))
         return out

@@ -75,7 +75,7 @@ class GPCMetaOpt(DrawnStepCallback):
 
     Raises:
         ValueError: for options out of range; when ``fit`` starts, for manual optimisation unless ``mode="gram"``; for a checkpoint
-            with fixed batches of another number of processes. See :class:`~lightning_metaopt.callbacks.hooks.StepCallback` for
+            with fixed batches of another number of processes. See :class:`~lightning_metaopt.callbacks.base.StepCallback` for
             others when ``fit`` starts.
 
     >>> from lightning.pytorch.demos.boring_classes import BoringModel

@@ -39,7 +39,7 @@ class HypergradientDescent(DrawnStepCallback):
         compile: as in :class:`~lightning_metaopt.callbacks.optimistic.OptimisticMetaGrad`.
 
     Raises:
-        ValueError: for a ``meta_lr`` out of range; for others see :class:`~lightning_metaopt.callbacks.hooks.StepCallback`.
+        ValueError: for a ``meta_lr`` out of range; for others see :class:`~lightning_metaopt.callbacks.base.StepCallback`.
 
     >>> import torch
     >>> x = torch.nn.Parameter(torch.tensor([1.0]))

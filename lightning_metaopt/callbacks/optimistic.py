@@ -71,7 +71,7 @@ class OptimisticMetaGrad(DrawnStepCallback):
 
     Raises:
         ValueError: for options out of range; when ``fit`` starts, for ``"bootstrapped"`` with manual optimisation. See
-            :class:`~lightning_metaopt.callbacks.hooks.StepCallback` for others when ``fit`` starts.
+            :class:`~lightning_metaopt.callbacks.base.StepCallback` for others when ``fit`` starts.
 
     >>> from lightning.pytorch import Trainer
     >>> from lightning.pytorch.demos.boring_classes import BoringModel

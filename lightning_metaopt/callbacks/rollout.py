@@ -15,11 +15,10 @@ from torch.utils.hooks import RemovableHandle
 from lightning_metaopt.callbacks.flat import Flat
 from lightning_metaopt.recording import Moment
 from lightning_metaopt.replay import Replay
-from lightning_metaopt.rules.control import perturbed
 from lightning_metaopt.snapshot import undisturbed
 from lightning_metaopt.tree import Tree, detach
 
-__all__ = ["Clip", "Gradients", "Past", "adjoints", "bind"]
+__all__ = ["Clip", "Gradients", "Past", "bind"]
 
 Clip = Callable[[Tensor, Flat], Tensor]
 """Clips a vector of gradients, differentiably."""
@@ -182,48 +181,6 @@ def _clipped(raw: Tensor, flat: Flat, clip: Clip | None) -> tuple[Tensor, Callab
     with torch.enable_grad():
         found = clip(leaf, flat)
     return found.detach(), lambda vector: torch.autograd.grad(found, leaf, vector, retain_graph=True)[0]
-
-
-def adjoints(
-    gradients: Gradients, past: Sequence[Past], now: Sequence[Moment], mixtures: Tensor, flat: Flat, *, plain: bool, common: bool
-) -> Tensor:
-    """Roll out from the first step in ``past`` with ``mixtures``, and pull the gradient of the present loss back through it.
-
-    .. math:: p_t = \\nabla f_t(\\hat x_t), \\qquad p_s = (1-\\delta_s)\\, p_{s+1} - \\nabla^2 f_s(\\hat x_s)\\,(\\eta_s p_{s+1}) .
-
-    Args:
-        gradients: of training.
-        past: the last ``L`` steps, the oldest first.
-        now: the present batches.
-        mixtures: :math:`\\sum_h M^h d_{s+1-h}` of these steps, the newest first, shape ``(L, n)``.
-        flat: the parameters.
-        plain: whether the base optimizer makes steps :math:`-\\eta g`; else its recorded updates are constants.
-        common: whether the present batches stand for those of all steps.
-
-    Returns:
-        :math:`p_t, p_{t-1}, ..., p_{t-L+1}`, shape ``(L, n)``.
-    """
-    length = len(past)
-    pulls: list[Callable[[Tensor], Tensor]] = []
-    if plain and common:
-        first = past[0]
-        point = first.vectors["point"]
-        given = gradients.at(now, point, flat)
-        point = point + perturbed(point, given, mixtures[-1], flat.spread(first.lr), flat.spread(first.decay))
-    else:
-        point = past[0].vectors["reached"] - mixtures[-1]
-    for number, step in enumerate(past[1:], start=1):
-        mixture = mixtures[length - 1 - number]
-        if plain:
-            given, pull = gradients.linearised(now if common else step.moments, point, flat)
-            pulls.append(pull)
-            point = point + perturbed(point, given, mixture, flat.spread(step.lr), flat.spread(step.decay))
-        else:
-            point = point + step.vectors["update"] - mixture
-    vectors = [gradients.of_loss(now, point, flat)]
-    for step, pull in zip(reversed(past[1:]), reversed(pulls), strict=False):
-        vectors.append((1 - flat.spread(step.decay)) * vectors[-1] - pull(flat.spread(step.lr) * vectors[-1]))
-    return torch.stack([*vectors, *[vectors[-1]] * (length - len(vectors))])
 
 
 def bind(gradients: Gradients, trainer: Trainer, module: LightningModule, step: Callable[..., Any] | None = None) -> None:

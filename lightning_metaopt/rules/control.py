@@ -57,13 +57,19 @@ def row_weights(coefficients: Tensor, step: Tensor, rows: int) -> Tensor:
     return torch.where(known.view(*known.shape, *(1,) * (coefficients.dim() - 1)), found, torch.zeros_like(found))
 
 
-def mixed(weights: Tensor, ring: Tensor) -> Tensor:
+def mixed(weights: Tensor, ring: Tensor, out: Tensor | None = None) -> Tensor:
     """``weights @ ring``, shape ``(..., k, n)``, in the precision of ``weights``: one pass over the ring for all ``k`` mixtures.
 
-    A ring in half precision is converted a few columns at a time, so that nothing is allocated that grows with its rows.
+    A ring in half precision is converted a few columns at a time, so that nothing is allocated that grows with its rows. ``out``
+    takes the result, instead of new memory.
     """
     if ring.dtype == weights.dtype:
-        return weights @ ring
+        return torch.matmul(weights, ring, out=out)
+    if out is not None:
+        for begin in range(0, ring.shape[-1], CHUNK):
+            part = slice(begin, begin + CHUNK)
+            out[..., part] = weights @ ring[..., part].to(weights.dtype)
+        return out
     return torch.cat([weights @ part.to(weights.dtype) for part in ring.split(CHUNK, dim=-1)], dim=-1)
 
 

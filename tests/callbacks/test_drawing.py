@@ -11,7 +11,7 @@ import pytest
 import torch
 from step_cases import PACKAGES, fit, gan, module, sgd
 
-from lightning_metaopt.callbacks import HypergradientDescent, OptimisticMetaGrad, hooks
+from lightning_metaopt.callbacks import HypergradientDescent, OptimisticMetaGrad, base
 from lightning_metaopt.callbacks.drawing import POINTS, History, draw
 
 
@@ -37,14 +37,14 @@ class Seen:
 
 def recording(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
     kept: dict[str, list[float]] = {}
-    publish = hooks.publish
+    publish = base.publish
 
     def keep(trainer: Any, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
             kept.setdefault(name, []).append(value)
         publish(trainer, values, step)
 
-    monkeypatch.setattr(hooks, "publish", keep)
+    monkeypatch.setattr(base, "publish", keep)
     return kept
 
 

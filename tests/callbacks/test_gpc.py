@@ -134,10 +134,11 @@ def test_exact_is_algorithm_7(name: str, kind: str, rollout: int) -> None:
     torch.testing.assert_close(end, expected, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["scalar", "diagonal"])
 @pytest.mark.parametrize("mode", ["onpolicy", "gram"])
-def test_the_cheap_modes(mode: str) -> None:
-    end, engine, met = run(mlp, rollout=3, mode=mode)
-    expected, seen = algorithm_7(mlp, 3, "scalar", mode)
+def test_the_cheap_modes(mode: str, kind: str) -> None:
+    end, engine, met = run(mlp, rollout=3, mode=mode, kind=kind)
+    expected, seen = algorithm_7(mlp, 3, kind, mode)
     torch.testing.assert_close(torch.stack(met), torch.stack(seen), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(end, expected, rtol=1e-10, atol=1e-12)
     assert engine.replays == (mode == "onpolicy")
