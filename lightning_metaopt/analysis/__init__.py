@@ -22,13 +22,16 @@ from lightning_metaopt.analysis.stability import (
     sequential_stability,
     spectral_radius,
 )
+from lightning_metaopt.analysis.task_shift import Lipschitz, TaskShift, optimizer_gradient, shift_bounds, task_shift
 from lightning_metaopt.analysis.timing import IterationTimes, iteration_times, plot_iteration_times, time_table
 
 __all__ = [
     "GapCurve",
     "IterationTimes",
     "Landscape",
+    "Lipschitz",
     "Stability",
+    "TaskShift",
     "controlled_dynamics",
     "convergence_bound",
     "count_meta_parameters",
@@ -44,6 +47,7 @@ __all__ = [
     "momentum_dynamics",
     "new_task_bound",
     "normalised_spectrum",
+    "optimizer_gradient",
     "plot_gaps",
     "plot_iteration_times",
     "plot_landscapes",
@@ -52,8 +56,10 @@ __all__ = [
     "plot_stability",
     "product_norms",
     "sequential_stability",
+    "shift_bounds",
     "spectral_radius",
     "step_loss",
+    "task_shift",
     "time_table",
     "top_eigenpair",
 ]

@@ -1,0 +1,181 @@
+"""Every method of M-L2O beside ordinary optimizers, on the same problems: what lasso.py and quadratic.py have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ml2o
+import torch
+from ml2o import Interval, Problems, adapted, curve, load, problems
+from torch import Tensor
+
+import lightning_metaopt as lmo
+from lightning_metaopt.analysis.figure import axes_into
+from lightning_metaopt.rule import Rule
+from lightning_metaopt.rules import Adam, GradientDescent, HeavyBall, RNNprop
+from lightning_metaopt.task import TaskFamily
+
+TUNING_SEED, TRIALS = 1000, 12
+Make = Callable[[float], Rule]
+# How an optimizer is made of its learning rate, and the smallest and largest of the twelve that are tried.
+CLASSICAL: dict[str, tuple[Make, tuple[float, float]]] = {
+    "SGD": (GradientDescent, (2e-4, 0.1)),  # over sigma^2
+    "momentum (0.9)": (HeavyBall, (2e-4, 0.1)),  # over sigma^2
+    "Adam (0.9, 0.999)": (Adam, (1e-4, 0.3)),
+    "Adam (0.95, 0.95)": (partial(Adam, beta1=0.95, beta2=0.95), (1e-4, 0.3)),
+}
+
+
+def best_rate(make: Make, family: TaskFamily, rates: Sequence[float], steps: int = ml2o.STEPS) -> float:
+    """The learning rate with the lowest figure on problems of the tuning seed, which are those of no run."""
+    drawn = problems(family, TUNING_SEED)
+    return min(rates, key=lambda rate: float(curve(make(rate), drawn, steps).min()))
+
+
+def grid(low: float, high: float) -> list[float]:
+    """Twelve learning rates, evenly spaced in their logarithm."""
+    return [low * (high / low) ** (index / (TRIALS - 1)) for index in range(TRIALS)]
+
+
+def tuned(family: TaskFamily, sigma: float | None, steps: int = ml2o.STEPS) -> dict[str, Rule]:
+    """All ordinary optimizers with their best rates of twelve; the gradients of SGD and momentum grow with sigma^2."""
+    found = {}
+    for name, (make, (low, high)) in CLASSICAL.items():
+        scale = sigma**2 if sigma and not name.startswith("Adam") else 1.0
+        found[name] = make(best_rate(make, family, grid(low / scale, high / scale), steps))
+    return found
+
+
+def proximal(drawn: Problems, steps: int, fast: bool) -> Tensor:
+    """ISTA or FISTA (Beck, Teboulle 2009) with each problem's own 1/L: logarithm of the mean loss after every step."""
+    task, params, _ = drawn
+    matrix, target, penalty = task.data["matrix"], task.data["target"], task.data["penalty"].unsqueeze(1)
+    rate = 1 / torch.linalg.matrix_norm(matrix, ord=2).square().unsqueeze(1)
+    x = ahead = params["theta"]
+    momentum, losses = 1.0, []
+    for _ in range(steps):
+        residual = torch.einsum("bij,bj->bi", matrix, ahead) - target
+        moved = ahead - rate * torch.einsum("bij,bi->bj", matrix, residual)
+        new = moved.sign() * (moved.abs() - rate * penalty).clamp(min=0)
+        after = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
+        ahead = new + (momentum - 1) / after * (new - x) if fast else new
+        x, momentum = new, after
+        losses.append(task.loss({"theta": x}, {}, task.batch(0)).mean())
+    return torch.stack(losses).log()
+
+
+def kept_if_better(rule: Rule, family: TaskFamily, run: int, **options: Any) -> Rule:
+    """Self-adaptation as users have it: other problems of the family decide whether the adapted rule is kept."""
+    options = {"metagrad": ml2o.FIRST(), "tasks": ml2o.TEST, "held_out": ml2o.TEST, "seed": run} | options
+    return lmo.adapt(rule, family, held_out_steps=ml2o.STEPS, figure=min, **options).rule
+
+
+Adapt = Callable[[Rule, TaskFamily, int], Rule]
+# Label, meta-trained rule (or none), how it is adapted (or not at all).
+LEARNED: dict[str, tuple[str | None, Adapt | None]] = {
+    "Vanilla": (None, adapted),
+    "Direct Transfer": ("transfer", None),
+    "Transfer Learning": ("transfer", adapted),
+    "M-L2O, second order (Eq. 5)": ("second-order", adapted),
+    "M-L2O, first order (as released)": ("first-order", adapted),
+    "M-L2O, aligned": ("aligned", adapted),
+    "M-L2O, aligned, kept if better": ("aligned", kept_if_better),
+    "random scaling, not adapted": ("scaled", None),
+    "random scaling, adapted (log)": ("scaled", partial(adapted, objective="log")),
+}
+
+
+def learned(options: Any, family: TaskFamily, label: str, steps: int = ml2o.STEPS) -> Tensor:
+    """Curves ``(meta-seeds, runs, steps)`` of a learned method; adaptation is to ``family``, on problems of the run's own."""
+    name, adapt = LEARNED[label]
+    rows = []
+    for seed in options.seeds:
+        rule = RNNprop(seed=seed) if name is None else load(name, seed, options.rules)
+        found = []
+        for run in options.runs:
+            found.append(curve(rule if adapt is None else adapt(rule, family, run), problems(family, run), steps))
+        rows.append(torch.stack(found))
+    return torch.stack(rows)
+
+
+def compare(
+    options: Any, make: Callable[[float], TaskFamily], sigmas: Sequence[float], labels: Sequence[str], steps: int = ml2o.STEPS
+) -> dict[float, dict[str, Tensor]]:
+    """Curves ``(meta-seeds or 1, runs, steps)`` by sigma and method."""
+    found: dict[float, dict[str, Tensor]] = {}
+    for sigma in sigmas:
+        family, rows = make(sigma), {}
+        for label in labels:
+            rows[label] = learned(options, family, label, steps)
+        drawn = [problems(family, run) for run in options.runs]
+        for name, fast in (("ISTA", False), ("FISTA", True)):
+            rows[name] = torch.stack([proximal(one, steps, fast) for one in drawn])[None]
+        for name, rule in tuned(family, sigma, steps).items():
+            rows[f"{name}, lr {rule.describe()['lr']:.2g}"] = torch.stack([curve(rule, one, steps) for one in drawn])[None]
+        found[sigma] = rows
+        print(f"sigma {sigma:g}: " + ", ".join(f"{name} {rows[name].amin(2).mean():.2f}" for name in rows), flush=True)
+    return found
+
+
+def plain(name: str) -> str:
+    """A method without its learning rate, which differs from sigma to sigma."""
+    return name.partition(", lr ")[0]
+
+
+def report(folder: Path, found: Mapping[float, Mapping[str, Tensor]], drawn: Sequence[float], title: str) -> list[str]:
+    """``runs.csv`` with every figure, ``table.csv``, ``differences.csv``, and a picture for each sigma of ``drawn``."""
+    figures = {sigma: {plain(name): curves.amin(2) for name, curves in rows.items()} for sigma, rows in found.items()}
+    ml2o.write(
+        folder / "runs.csv",
+        ["sigma", "method", "meta-seed number", "run number", "min ln loss"],
+        [
+            (sigma, name, seed, run, float(value))
+            for sigma, rows in figures.items()
+            for name, values in rows.items()
+            for seed, line in enumerate(values)
+            for run, value in enumerate(line)
+        ],
+    )
+    names = list(next(iter(figures.values())))
+    head = ["method", *(f"{sigma:g}" for sigma in figures)]
+    lines = ml2o.write(
+        folder / "table.csv", head, [[name, *(str(Interval.of(rows[name])) for rows in figures.values())] for name in names]
+    )
+    pairs = [
+        (one, other)
+        for one in names
+        for other in ("Transfer Learning", "Direct Transfer")
+        if one.startswith(("M-L2O", "Transfer")) and one != other
+    ]
+    rows = [
+        [f"{one} minus {other}", *(str(Interval.of(values[one] - values[other])) for values in figures.values())]
+        for one, other in pairs
+    ]
+    lines += ["", *ml2o.write(folder / "differences.csv", head, rows)]
+    options = [(sigma, *name.split(", lr ")) for sigma, methods in found.items() for name in methods if ", lr " in name]
+    ml2o.write(folder / "tuned.csv", ["sigma", "method", "learning rate"], options)
+    for sigma in drawn:
+        draw_curves(folder / f"sigma_{sigma:g}.png", found[sigma], f"{title}, sigma = {sigma:g}")
+    (folder / "table.md").write_text("\n".join(lines) + "\n")
+    return lines
+
+
+def draw_curves(path: Path, rows: Mapping[str, Tensor], title: str) -> None:
+    """Mean logarithm of the loss over steps, with its 95 % interval over meta-seeds and runs together."""
+    with axes_into(path, fontsize=6.5) as axes:
+        for number, (name, curves) in enumerate(rows.items()):
+            steps = curves.shape[2]
+            at = sorted({round(10 ** (index / 20)) for index in range(200) if round(10 ** (index / 20)) <= steps})
+            points = [Interval.of(curves[:, :, step - 1]) for step in at]
+            mean, half = torch.tensor([(point.mean, point.both) for point in points]).T
+            style = "-" if name in LEARNED else "--"
+            (line,) = axes.plot(
+                at, mean, style, lw=1.2, color=f"C{number % 10}" if number < 10 else f"{0.1 * (number - 9):.1f}", label=name
+            )
+            if name in LEARNED:
+                axes.fill_between(at, mean - half, mean + half, color=line.get_color(), alpha=0.12)
+        start = max(float(curves[:, :, 0].mean()) for curves in rows.values())
+        axes.set(xscale="log", xlabel="step", ylabel="ln of the mean loss", title=title, ylim=(-6.5, min(start + 2, 12.0)))

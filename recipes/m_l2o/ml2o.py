@@ -1,0 +1,220 @@
+"""What the recipes of M-L2O share: methods, meta-training, adaptation, test, intervals.
+
+    python recipes/m_l2o/ml2o.py [FOLDER] [--profile short|standard|paper] [--methods ...]    # meta-trains rules and saves them
+
+The rules of ``results/rules`` were made by this command with the standard profile; the recipes load them, or those of a folder that
+is named with ``--rules``. The profile "paper" is the published schedule with its curriculum, and takes days.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor
+
+import lightning_metaopt as lmo
+from lightning_metaopt.episode import Episode, unroll
+from lightning_metaopt.metagrads import Adapted, MetaGradient, Unrolled
+from lightning_metaopt.rule import Rule
+from lightning_metaopt.rules import Adam, GradientDescent, RNNprop
+from lightning_metaopt.task import Task, TaskFamily
+from lightning_metaopt.task_loader import draw
+from lightning_metaopt.tasks import Lasso
+from lightning_metaopt.tree import Tree
+
+HERE = Path(__file__).parent
+META_SEEDS, RUNS = (10, 11, 12), (10, 11, 12, 13, 14)
+TEST, STEPS, WINDOW = 128, 1000, 20
+FIRST = partial(Unrolled, WINDOW, first_order=True)
+Problems = tuple[Task, Tree, Tree]
+
+# Inner steps of an episode, and how many windows of meta-training with them.
+PROFILES = {
+    "tiny": ((40, 4),),
+    "short": ((100, 75), (200, 100), (500, 200), (1000, 250), (2000, 200)),
+    "standard": ((100, 300), (200, 400), (500, 750), (1000, 1000), (2000, 800)),
+}
+CURRICULUM = (100, 200, 500, 1000, 1500, 2000, 2500, 3000)  # of the published code, for the profile "paper"
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a rule is meta-trained."""
+
+    metagrad: Callable[[], MetaGradient] = FIRST
+    family: Callable[[], TaskFamily] = Lasso
+    objective: str = "sum"
+    rule: dict[str, Any] = field(default_factory=dict)
+
+
+METHODS = {
+    "transfer": Method(),
+    "aligned": Method(lambda: Adapted(FIRST(), Adam(1e-3), 5, "start", True, family=Lasso(), every=25)),
+    "scaled": Method(family=partial(Lasso, log_scale=(0.0, math.log(200))), objective="log"),
+    "first-order": Method(lambda: Adapted(FIRST(), GradientDescent(1e-3), 1, "next", True)),
+    "second-order": Method(lambda: Adapted(Unrolled(WINDOW), GradientDescent(1e-3), 1, "same")),
+}
+
+
+class Stages(Callback):
+    """Longer episodes after so many windows, without a look at validation: the same for all methods."""
+
+    def __init__(self, stages: Iterable[tuple[int, int]]) -> None:
+        self.stages = tuple(stages)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Look up the length that belongs to this meta-step."""
+        left = trainer.global_step
+        for horizon, windows in self.stages:
+            if left < windows:
+                pl_module.episodes.horizon = horizon
+                return
+            left -= windows
+
+
+def meta_train(method: Method, seed: int, profile: str = "standard", tasks: int = 33) -> Rule:
+    """A rule meta-trained with Adam (0.001), its seed that of the initial weights and of all problems."""
+    paper = profile == "paper"
+    stages = () if paper else PROFILES[profile]
+    learner = lmo.MetaLearner(
+        RNNprop(seed=seed, **method.rule),
+        method.family(),
+        method.metagrad(),
+        method.objective,
+        partial(torch.optim.Adam, lr=1e-3),
+        tasks=tasks,
+        horizon=CURRICULUM[0] if paper else stages[0][0],
+        steps_per_epoch=50 if paper else sum(windows for _, windows in stages),
+        val_tasks=20 * tasks if paper else 0,
+        seed=seed,
+        guard_factor=None,
+    )
+    lengths = lmo.Curriculum(CURRICULUM) if paper else Stages(stages)
+    quiet = {"enable_progress_bar": False, "accelerator": "cpu", "log_every_n_steps": 50}
+    return lmo.MetaLoop(max_epochs=10_000 if paper else 1, callbacks=[lengths], **quiet).fit(learner)
+
+
+def rule_file(folder: Path, name: str, seed: int) -> Path:
+    """Where a meta-trained rule lies."""
+    return folder / f"{name}-{seed}.safetensors"
+
+
+def load(name: str, seed: int, folder: Path = HERE / "results" / "rules") -> Rule:
+    """A meta-trained rule."""
+    return lmo.load_rule(rule_file(folder, name, seed))
+
+
+def problems(family: TaskFamily, seed: int, size: int = TEST) -> Problems:
+    """The test problems of a run: the same for all methods."""
+    return draw(family, seed, "m-l2o test", 0, size)
+
+
+def curve(rule: Rule, drawn: Problems, steps: int = STEPS) -> Tensor:
+    """Logarithm of the mean loss after steps 1 to ``steps``; where it is not finite, infinite."""
+    task, params, buffers = drawn
+    with torch.no_grad():
+        end, losses = unroll(rule, Episode(task, params, buffers, rule.init(params)), steps)
+        last = task.loss(end.params, end.buffers, task.batch(end.step))
+    return torch.cat([losses[1:], last[None]]).mean(1).log().nan_to_num(nan=math.inf)
+
+
+def adapted(rule: Rule, family: TaskFamily, run: int, steps: int = 5, **options: Any) -> Rule:
+    """``rule`` after meta-steps of Adam (0.001) on the first windows of 128 problems, whether or not they made it better."""
+    options = {"metagrad": FIRST(), "tasks": TEST, "held_out": 0, "seed": run} | options
+    return lmo.adapt(rule, family, steps, **options).rule
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over meta-seeds and runs, with half of its 95 % interval by the spread of either alone and of both together."""
+
+    mean: float
+    over_meta_seeds: float
+    over_runs: float
+    both: float
+
+    @staticmethod
+    def of(values: Tensor) -> Interval:
+        """From figures ``(meta-seeds, runs)``: Student's t of the means of rows, and of those of columns.
+
+        Both together: variances of the two means add up, where what is left beside rows and columns is counted in both and
+        taken off once; degrees of freedom by Satterthwaite.
+        """
+        values = values.double()
+        rows, columns = values.shape
+        parts = [(values.mean(1).var() / rows, rows - 1), (values.mean(0).var() / columns, columns - 1)]
+        parts = [(part if size else part.new_zeros(()), max(size, 1)) for part, size in parts]
+        rest = values - values.mean(1, keepdim=True) - values.mean(0, keepdim=True) + values.mean()
+        left = rest.square().sum() / max((rows - 1) * (columns - 1), 1) / (rows * columns)
+        total = (parts[0][0] + parts[1][0] - left).clamp(min=max(float(part) for part, _ in parts))
+        freedom = float(total**2 / sum(part**2 / size for part, size in parts)) if total > 0 else 1.0
+        halves = [student(size) * float(part.sqrt()) for part, size in parts]
+        return Interval(float(values.mean()), *halves, student(freedom) * float(total.sqrt()))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} ± {self.both:.2f} ({self.over_meta_seeds:.2f}; {self.over_runs:.2f})"
+
+
+def student(freedom: float) -> float:
+    """The 97.5 % quantile of Student's t."""
+    from scipy import stats
+
+    return float(stats.t.ppf(0.975, freedom))
+
+
+def arguments(text: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """What all recipes are called with."""
+    parser = argparse.ArgumentParser(description=text)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("outputs/m_l2o"), help="where tables and pictures go")
+    parser.add_argument("--rules", type=Path, default=HERE / "results" / "rules", help="folder with meta-trained rules")
+    parser.add_argument("--runs", type=int, nargs="+", default=list(RUNS), help="seeds of test and adaptation problems")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(META_SEEDS), help="meta-seeds")
+    found = parser.parse_args(argv)
+    found.folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    return found
+
+
+def write(path: Path, head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """A table as CSV, and the lines of it in Markdown."""
+    import csv
+
+    rows = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([head, *rows])
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Meta-train and save."""
+    parser = argparse.ArgumentParser(description="Meta-train the rules of M-L2O's recipes.")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("outputs/m_l2o/rules"))
+    parser.add_argument("--profile", choices=[*PROFILES, "paper"], default="standard")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(META_SEEDS))
+    parser.add_argument("--tasks", type=int, default=33)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    for name in options.methods:
+        # Second order takes six times as long: it has the short schedule in the standard profile too.
+        profile = "short" if (name, options.profile) == ("second-order", "standard") else options.profile
+        for seed in options.seeds:
+            begin = time.perf_counter()
+            rule = meta_train(METHODS[name], seed, profile, options.tasks)
+            facts = {"recipe": f"m_l2o/{name}", "seed": seed, "profile": profile}
+            lmo.save_rule(rule, rule_file(options.folder, name, seed), facts)
+            print(f"{name}, seed {seed}: {time.perf_counter() - begin:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
