@@ -13,5 +13,9 @@ def load_script(path):
     spec = importlib.util.spec_from_file_location(name, RECIPES / path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str((RECIPES / path).parent))  # as for a script that is run: it may import what lies beside it
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
     return module

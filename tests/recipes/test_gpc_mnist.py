@@ -26,7 +26,7 @@ def test_a_run_in_small(recipe, tmp_path, monkeypatch, capsys):
         recipe.main([str(tmp_path), "--small", "--steps", "40", "--episodes", "2", "--long", "3", "--seeds", "0"])
     with (tmp_path / "mnist_episodes.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len([row for row in rows if row["seed"] == "1000"]) == 3 * 2 + 2 * 2
+    assert len([row for row in rows if row["seed"] == "1000"]) == 7 * 2 + 2 * 2
     means = {(row["method"], row["options"], row["episode"]): float(row["mean"]) for row in rows if row["seed"] == "0"}
     slow, fast = (means["GPC", str({"meta_lr": lr}), "2"] for lr in (1e-4, 1e-3))
     assert fast < slow
