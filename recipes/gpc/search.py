@@ -4,9 +4,9 @@
     python recipes/gpc/search.py FOLDER --tables       # tables and figure of a finished run
 
 Episodes are the small ones of ``on_digits.py``. All configurations run for 16 episodes on seed 1000 with ``mode="gram"``, which on
-these problems learns what ``"exact"`` learns at a third of the cost. The best three by the mean loss over episodes 13 to 16 then run
-with ``"exact"`` on other seeds, beside momentum and gradient descent, which have been tuned on seed 1000 over the same episodes, with
-as many configurations as GPC has.
+these problems learns what ``"exact"`` learns at a third of the cost. The best three by the mean loss over episodes 13 to 16 then
+run with ``"exact"`` on other seeds, beside momentum and gradient descent, which have been tuned on seed 1000 over the same
+episodes, with as many configurations as GPC has.
 """
 
 from __future__ import annotations
@@ -57,11 +57,9 @@ def study(folder: Path, seeds: list[int], episodes: int, steps: int, count: int)
     table = Table(folder / "search.csv")
     scores: dict[str, list[float]] = {"GPC, gram": []}
     for options in GRID[:count]:
-        record = controlled(
-            "GPC", {**options, "mode": "gram"}, TUNING, episodes, steps, partial(table.add, "GPC, gram", str(options), TUNING)
-        )
-        mean = statistics.mean(record.losses[-len(last) * steps :])
-        scores["GPC, gram"].append(mean if mean == mean else float("inf"))
+        add = partial(table.add, "GPC, gram", str(options), TUNING)
+        record = controlled("GPC", {**options, "mode": "gram"}, TUNING, episodes, steps, add)
+        scores["GPC, gram"].append(_or_infinite(statistics.mean(record.losses[-len(last) * steps :])))
     for name, grid in (("momentum", MOMENTUM), ("GD", GD)):
         scores[name] = [judged(table, name, options, TUNING, last, steps) for options in grid[:count]]
     best = sorted(range(count), key=scores["GPC, gram"].__getitem__)[:3]
