@@ -21,6 +21,7 @@ __all__ = [
     "Mirror",
     "MirrorBound",
     "Objective",
+    "PerReplica",
     "SumLoss",
     "ValidationLoss",
     "displacement",
@@ -239,6 +240,24 @@ class _Beside(Rule):
         apart = {name: (found["student"][name] - step).square().reshape(len(step), -1).sum(1) for name, step in steps.items()}
         new["apart"] = {name: state["apart"][name] + distance for name, distance in apart.items()}
         return steps, new
+
+
+@final
+class PerReplica(Objective):
+    """Another objective, so weighed that its mean over all problems is the sum over replicas of each replica's own mean.
+
+    With it, each replica of a :class:`~lightning_metaopt.rules.Stacked` gets the meta-gradient that it would get alone.
+
+    Args:
+        objective: an object or its short name.
+        replicas: how many.
+    """
+
+    def __init__(self, objective: Objective | str, replicas: int) -> None:
+        self.objective, self.replicas = resolve_objective(objective), replicas
+
+    def __call__(self, rule: Rule, start: Episode, end: Episode, losses: Tensor) -> Tensor:
+        return self.replicas * self.objective(rule, start, end, losses)
 
 
 PRESETS: dict[str, type[Objective]] = {

@@ -192,6 +192,7 @@ RULES = [
     RuleRow("L2O", _unsized(rules.L2O, hidden=4, scale=0.1, chunk=3, seed=2)),
     RuleRow("Safeguarded RNNprop", _safeguarded(rules.RNNprop, hidden=3, scale=0.1, seed=2), wiggle=1e-5),
     RuleRow("Safeguarded HeavyBall", _safeguarded(rules.HeavyBall, lr=0.2, momentum=0.9), wiggle=1e-5, few=True),
+    RuleRow("Stacked", lambda _: rules.Stacked([rules.HeavyBall(lr=0.05, momentum=0.7)])),
     RuleRow("ConvexProgram.gradient", partial(rules.ConvexProgram.gradient, scale=2.0), **PROGRAM),
     RuleRow("ConvexProgram.momentum", partial(rules.ConvexProgram.momentum, scale=2.0, averaging=0.4), **PROGRAM),
     RuleRow("ConvexProgram.general_descent", partial(rules.ConvexProgram.general_descent, matrix_scale=0.2), **PROGRAM),

@@ -18,6 +18,7 @@ from lightning_metaopt.rules.rnnprop import RNNprop
 from lightning_metaopt.rules.safeguarded import Safeguarded
 from lightning_metaopt.rules.scaling import ElementwiseScale
 from lightning_metaopt.rules.sign import AddSign, PowerSign
+from lightning_metaopt.rules.stacked import Stacked
 
 __all__ = [
     "ARUBA",
@@ -53,5 +54,6 @@ __all__ = [
     "RNNprop",
     "Safeguarded",
     "Simplex",
+    "Stacked",
     "TrustRegion",
 ]

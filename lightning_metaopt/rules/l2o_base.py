@@ -10,43 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_metaopt.rule import Rule, State
+from lightning_metaopt.rules.lstm_cell import LSTMLayer, linear_map
 from lightning_metaopt.tree import Tree, expand_to
 
-__all__ = ["CoordinatewiseLSTM", "LSTMLayer", "linear_map"]
+__all__ = ["CoordinatewiseLSTM"]
 
 Cells = list[tuple[Tensor, Tensor]]
 """``(h, c)`` of every layer, each ``(hidden, N)`` for N coordinates."""
-
-
-def linear_map(generator: torch.Generator, rows: int, columns: int) -> nn.Parameter:
-    """A matrix with entries of a normal distribution of deviation :math:`1/\\sqrt{columns}`, cut off at two deviations."""
-    std = 1 / math.sqrt(columns)
-    return nn.Parameter(nn.init.trunc_normal_(torch.empty(rows, columns), std=std, a=-2 * std, b=2 * std, generator=generator))
-
-
-def _tanh(x: Tensor) -> Tensor:
-    # On the CPU tanh takes several times as long as the sigmoid; the absolute error of this form is that of the sigmoid.
-    return 2 * torch.sigmoid(2 * x) - 1
-
-
-class LSTMLayer(nn.Module):
-    """A cell of an LSTM whose coordinates are columns; gates in PyTorch's order (input, forget, candidate, output)."""
-
-    def __init__(self, features: int, hidden: int, generator: torch.Generator) -> None:
-        super().__init__()
-        joint = linear_map(generator, 4 * hidden, features + hidden).detach()
-        self.weight_input = nn.Parameter(joint[:, :features].clone())
-        self.weight_hidden = nn.Parameter(joint[:, features:].clone())
-        self.bias = nn.Parameter(torch.zeros(4 * hidden))
-        with torch.no_grad():
-            self.bias[hidden : 2 * hidden] = 1.0  # remember, until something else is learned
-
-    def forward(self, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-        """``(features, N)`` and the state ``(hidden, N)`` twice to the new state."""
-        gates = torch.addmm(torch.addmm(self.bias.unsqueeze(1), self.weight_input, x), self.weight_hidden, hidden)
-        enter, forget, candidate, leave = gates.chunk(4)
-        cell = forget.sigmoid() * cell + enter.sigmoid() * _tanh(candidate)
-        return leave.sigmoid() * _tanh(cell), cell
 
 
 class CoordinatewiseLSTM(Rule):
@@ -155,8 +125,8 @@ class CoordinatewiseLSTM(Rule):
             for slot in kept:
                 new[slot][name] = memory[slot]
         # All coordinates of all parameters and problems at once: a few large matrix products.
-        held = [torch.cat([_columns(state[slot][name]) for name in grads], 1).to(columns[0].dtype) for slot in slots]
-        out, cells = self.network(torch.cat(columns, 1), list(zip(held[::2], held[1::2], strict=True)))
+        held = [_beside([_columns(state[slot][name]) for name in grads]).to(columns[0].dtype) for slot in slots]
+        out, cells = self.network(_beside(columns), list(zip(held[::2], held[1::2], strict=True)))
         sizes = [grad.numel() for grad in grads.values()]
         for slot, value in zip(slots, (part for pair in cells for part in pair), strict=True):
             for (name, grad), piece in zip(grads.items(), value.split(sizes, 1), strict=True):
@@ -195,3 +165,7 @@ class CoordinatewiseLSTM(Rule):
 def _columns(leaf: Tensor) -> Tensor:
     # (B, hidden, *shape) to (hidden, N), without a copy where the last step left it so.
     return leaf.movedim(1, 0).reshape(leaf.shape[1], -1)
+
+
+def _beside(columns: Sequence[Tensor]) -> Tensor:
+    return columns[0] if len(columns) == 1 else torch.cat(list(columns), 1)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_metaopt.rule import State
-from lightning_metaopt.rules.l2o_base import CoordinatewiseLSTM, linear_map
+from lightning_metaopt.rules.l2o_base import CoordinatewiseLSTM
+from lightning_metaopt.rules.lstm_cell import linear_map
 from lightning_metaopt.tree import Tree, safe_sqrt, tree_map
 
 __all__ = ["RNNprop"]
@@ -101,7 +102,7 @@ class RNNprop(CoordinatewiseLSTM):
         return (mean / _bias(self.beta1, count, grad) / root, grad / root), {"mean": mean, "square": square}
 
     def enter(self, x: Tensor) -> Tensor:
-        return nn.functional.elu(torch.addmm(self.in_bias.unsqueeze(1), self.in_weight, x))
+        return nn.functional.elu(torch.addmm(self.in_bias.unsqueeze(1), self.in_weight, x), inplace=True)
 
     def leave(self, out: Tensor) -> Tensor:
         return out.tanh()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_metaopt.rule import Rule, State
+from lightning_metaopt.rules.nested import made, spec
 from lightning_metaopt.tree import Tree, expand_to, norm, tree_map
 
 __all__ = ["Safeguarded"]
@@ -107,7 +108,7 @@ class Safeguarded(Rule):
             raise ValueError(
                 f"jump and reach must be positive, doubt at least 0, pause at least 1; got {jump=}, {reach=}, {doubt=}, {pause=}"
             )
-        self.rule, self.fallback = _made(rule), _made(fallback)
+        self.rule, self.fallback = made(rule), made(fallback)
         sizes = self.rule.shapes, self.fallback.shapes
         if None not in sizes and dict(sizes[0] or {}) != dict(sizes[1] or {}):
             raise ValueError("rule and fallback are sized for different parameters; make both for the same network")
@@ -120,7 +121,7 @@ class Safeguarded(Rule):
 
     @property
     def config(self) -> dict[str, Any]:
-        parts = {"rule": _spec(self.rule), "fallback": _spec(self.fallback)}
+        parts = {"rule": spec(self.rule), "fallback": spec(self.fallback)}
         reach = self.reach if self.reach < float("inf") else 1e300  # JSON has no infinity
         return parts | {"memory": self.memory, "jump": self.jump, "doubt": self.doubt, "pause": self.pause, "reach": reach}
 
@@ -277,18 +278,3 @@ def _decided(guard: Tensor, taken: Tensor, back: Tensor) -> Tensor:
 
 def _part(state: State, part: str) -> State:
     return {slot.removeprefix(f"{part}."): tree for slot, tree in state.items() if slot.startswith(f"{part}.")}
-
-
-def _spec(rule: Rule) -> dict[str, Any]:
-    return {"class": type(rule).__qualname__, "init": rule.config}
-
-
-def _made(spec: Rule | Mapping[str, Any]) -> Rule:
-    if isinstance(spec, Rule):
-        return spec
-    from lightning_metaopt import rules
-
-    cls = getattr(rules, spec.get("class", ""), None) if spec.get("class") in rules.__all__ else None
-    if not (isinstance(cls, type) and issubclass(cls, Rule)):
-        raise ValueError(f"{spec.get('class')!r} is no rule of this package; pass the rule itself, as rule=... or fallback=...")
-    return cls(**spec.get("init", {}))

@@ -10,6 +10,7 @@ from lightning_metaopt.tasks.lasso import Lasso, Rosenbrock
 from lightning_metaopt.tasks.module import ModuleTask
 from lightning_metaopt.tasks.modules import ModuleFamily
 from lightning_metaopt.tasks.quadratic import ConvexQuadratic
+from lightning_metaopt.tasks.repeated import Repeated
 from lightning_metaopt.tasks.rotated import RotatedImages, rotate, rotated
 from lightning_metaopt.tasks.supervised import Supervised
 from lightning_metaopt.tasks.translation import TokenSet, Translation
@@ -26,6 +27,7 @@ __all__ = [
     "ModuleFamily",
     "ModuleTask",
     "NonNegativeLeastSquares",
+    "Repeated",
     "Rosenbrock",
     "RotatedImages",
     "SimplexLeastSquares",

@@ -1,6 +1,7 @@
 """LSTM rules against a plain loop over coordinates with ``torch.nn.LSTMCell``."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 import lightning_metaopt as lmo
 from lightning_metaopt import rules
+from lightning_metaopt.rules.lstm_cell import LSTMLayer, plain_cell
 from lightning_metaopt.tree import tree_map
 
 SHAPES = {"weight": (3, 2), "bias": (3,), "gain": ()}
@@ -211,3 +213,35 @@ def test_meta_training_lowers_the_loss_of_new_problems():
     start = lmo.episode.start(rule, family.draw(seed=1000, size=64))
     standing_still = float(start.task.loss(start.params, {}, start.task.batch(0)).mean())
     assert held_out() < 0.85 * min(float(before), standing_still)
+
+
+def test_the_cells_own_derivatives_are_those_of_its_equations():
+    generator = torch.Generator().manual_seed(0)
+    layer = LSTMLayer(3, 4, generator).double()
+    given = [torch.randn(size, 5, generator=generator, dtype=torch.float64, requires_grad=True) for size in (3, 4, 4)]
+    leaves = [*layer.parameters(), *given]
+    assert torch.autograd.gradcheck(layer, given)
+    for parts in ((0,), (1,), (0, 1)):  # of the two results, which ones the loss depends on
+        found, expected = (
+            torch.autograd.grad(sum((made[part] * made[part].sin()).sum() for part in parts), leaves)
+            for made in (layer(*given), plain_cell(*layer.parameters(), *given))
+        )
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
+def test_second_derivatives_of_several_steps_are_those_of_the_equations():
+    # The state comes from the same weights: they must not be counted twice.
+    generator = torch.Generator().manual_seed(0)
+    layer = LSTMLayer(2, 3, generator).double()
+    x = torch.randn(2, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    def curvature(cell):
+        hidden = memory = torch.zeros(3, 5, dtype=torch.float64)
+        for _ in range(3):
+            hidden, memory = cell(x, hidden, memory)
+        first = torch.autograd.grad((hidden * memory).sin().sum(), [*layer.parameters(), x], create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in first), [*layer.parameters(), x])
+
+    for one, other in zip(curvature(layer), curvature(partial(plain_cell, *layer.parameters())), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
