@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import final
+from typing import Any, Self, final
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -152,6 +152,9 @@ def _chosen(pairs: PairSet, rows: Tensor) -> PairSet:
 class _Sentences:
     def __init__(self, pairs: Sequence[tuple[list[int], list[int]]], pad: int) -> None:
         self.pairs, self.pad = pairs, pad
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # nothing here ever changes; a study copies its data for every run
 
     def __len__(self) -> int:
         return len(self.pairs)
