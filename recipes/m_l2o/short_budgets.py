@@ -1,0 +1,103 @@
+"""In distribution and at short budgets: a meta-trained RNNprop with a learned output scale against tuned optimizers.
+
+    python recipes/m_l2o/short_budgets.py [FOLDER]
+
+LASSO and quadratics of the training mixture, new problems. Every ordinary optimizer is tuned for each budget by itself: of twelve
+learning rates the best after so many steps on other problems. The rules are meta-trained on episodes of 100 steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import comparison
+import ml2o
+import torch
+from ml2o import Interval, Method, curve, problems
+from torch import Tensor
+
+import lightning_metaopt as lmo
+from lightning_metaopt.metagrads import Unrolled
+from lightning_metaopt.rule import Rule
+from lightning_metaopt.tasks import Lasso
+
+BUDGETS = (20, 50, 100, 200, 500, 1000)
+FAMILIES = {"LASSO": Lasso(), "quadratics": Lasso(penalty=0.0)}
+LONG = partial(Unrolled, 50, first_order=True)
+METHODS = {
+    "RNNprop, 0.01 tanh": Method(LONG, objective="log"),
+    "RNNprop, learned output scale": Method(LONG, objective="log", rule={"scale": 0.1, "learn_scale": True}),
+}
+PROFILE = ((100, 1500),)
+
+
+def trained(folder: Path, label: str, seed: int) -> Rule:
+    """The rule, from its file if it has been meta-trained before."""
+    path = ml2o.rule_file(folder, label, seed)
+    if not path.exists():
+        ml2o.PROFILES["budgets"] = PROFILE
+        lmo.save_rule(ml2o.meta_train(METHODS[label], seed, "budgets"), path)
+    return lmo.load_rule(path)
+
+
+def ordinary(family: Lasso, options: Any) -> dict[str, Tensor]:
+    """Figures ``(1, runs, budgets)`` of every ordinary optimizer, tuned for each budget."""
+    drawn, tuning = [problems(family, run) for run in options.runs], problems(family, comparison.TUNING_SEED)
+    found = {}
+    for name, (make, _) in comparison.CLASSICAL.items():
+        rates = comparison.grid(0.003, 3.0)
+        curves = [curve(make(rate), tuning) for rate in rates]
+        figures = []
+        for budget in BUDGETS:
+            best = min(range(len(rates)), key=lambda index: float(curves[index][budget - 1]))
+            figures.append(torch.stack([curve(make(rates[best]), one, budget)[-1] for one in drawn]))
+        found[f"{name}, tuned for each budget"] = torch.stack(figures, 1)[None]
+    for name, fast in (("ISTA", False), ("FISTA", True)):
+        found[name] = torch.stack([at_budgets(comparison.proximal(one, max(BUDGETS), fast)) for one in drawn])[None]
+    return found
+
+
+def at_budgets(curves: Tensor) -> Tensor:
+    """The figures after each budget's steps."""
+    return curves[..., [budget - 1 for budget in BUDGETS]]
+
+
+def cells(values: Tensor) -> list[str]:
+    """Intervals of figures ``(meta-seeds, runs, budgets)``."""
+    return [str(Interval.of(values[:, :, index])) for index in range(len(BUDGETS))]
+
+
+def main(argv: Sequence[str] | None = None) -> list[str]:
+    """Run all and write tables and pictures."""
+    options = ml2o.arguments("Short budgets, in distribution", argv)
+    lines: list[str] = []
+    for problem, family in FAMILIES.items():
+        found = {}
+        for label in METHODS:
+            rules = [trained(options.folder / "rules", label, seed) for seed in options.seeds]
+            found[label] = torch.stack(
+                [torch.stack([at_budgets(curve(rule, problems(family, run))) for run in options.runs]) for rule in rules]
+            )
+        found |= ordinary(family, options)
+        rows = [[name, *(str(Interval.of(values[:, :, k])) for k in range(len(BUDGETS)))] for name, values in found.items()]
+        best = "RNNprop, learned output scale"
+        for name, values in found.items():
+            if name != best:
+                rows.append(
+                    [f"{best} minus {name}", *(str(Interval.of((found[best] - values)[:, :, k])) for k in range(len(BUDGETS)))]
+                )
+        lines += [
+            f"{problem}:",
+            "",
+            *ml2o.write(options.folder / f"{problem.lower()}.csv", ["method", *map(str, BUDGETS)], rows),
+            "",
+        ]
+    (options.folder / "table.md").write_text("\n".join(lines) + "\n")
+    return lines
+
+
+if __name__ == "__main__":
+    print("\n".join(main()))
