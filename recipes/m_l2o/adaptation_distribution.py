@@ -16,7 +16,7 @@ from typing import Any
 
 import ml2o
 import torch
-from ml2o import FIRST, Interval, adapted, curve, load, problems
+from ml2o import FIRST, Interval, adapted, curve, curves, load, problems
 from torch import Tensor
 
 from lightning_metaopt.analysis import optimizer_gradient, task_shift
@@ -39,9 +39,13 @@ def figures(options: Any, name: str, family: TaskFamily | None) -> Tensor:
     rows = []
     for seed in options.seeds:
         rule = load(name, seed, options.rules)
-        rules = [rule if family is None else adapted(rule, family, run) for run in options.runs]
-        rows.append([float(curve(one, problems(Lasso(std=TEST), run)).min()) for one, run in zip(rules, options.runs, strict=True)])
-    return torch.tensor(rows)
+        drawn = [problems(Lasso(std=TEST), run) for run in options.runs]
+        if family is None:
+            rows.append(curves(rule, drawn).amin(1))
+        else:
+            found = [curve(adapted(rule, family, run), one).min() for run, one in zip(options.runs, drawn, strict=True)]
+            rows.append(torch.stack(found))
+    return torch.stack(rows)
 
 
 def theory(rule: Rule, seed: int, size: int = 512) -> dict[str, list[float]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import ml2o
 import torch
-from ml2o import Interval, Problems, adapted, curve, load, problems
+from ml2o import Interval, Problems, adapted, curve, curves, load, problems
 from torch import Tensor
 
 import lightning_metaopt as lmo
@@ -69,8 +69,8 @@ def proximal(drawn: Problems, steps: int, fast: bool) -> Tensor:
 
 def kept_if_better(rule: Rule, family: TaskFamily, run: int, **options: Any) -> Rule:
     """Self-adaptation as users have it: other problems of the family decide whether the adapted rule is kept."""
-    options = {"metagrad": ml2o.FIRST(), "tasks": ml2o.TEST, "held_out": ml2o.TEST, "seed": run} | options
-    return lmo.adapt(rule, family, held_out_steps=ml2o.STEPS, figure=min, **options).rule
+    options = {"metagrad": ml2o.FIRST(), "tasks": ml2o.TEST, "held_out": 32, "held_out_steps": 300, "seed": run} | options
+    return lmo.adapt(rule, family, figure=min, **options).rule
 
 
 Adapt = Callable[[Rule, TaskFamily, int], Rule]
@@ -96,10 +96,12 @@ def learned(options: Any, family: TaskFamily, label: str, steps: int = ml2o.STEP
     rows = []
     for seed in options.seeds:
         rule = RNNprop(seed=seed) if name is None else load(name, seed, options.rules)
-        found = []
-        for run in options.runs:
-            found.append(curve(rule if adapt is None else adapt(rule, family, run), problems(family, run), steps))
-        rows.append(torch.stack(found))
+        drawn = [problems(family, run) for run in options.runs]
+        if adapt is None:
+            rows.append(curves(rule, drawn, steps))
+        else:
+            found = [curve(adapt(rule, family, run), one, steps) for run, one in zip(options.runs, drawn, strict=True)]
+            rows.append(torch.stack(found))
     return torch.stack(rows)
 
 
@@ -116,7 +118,7 @@ def compare(
         for name, fast in (("ISTA", False), ("FISTA", True)):
             rows[name] = torch.stack([proximal(one, steps, fast) for one in drawn])[None]
         for name, rule in tuned(family, sigma, steps).items():
-            rows[f"{name}, lr {rule.describe()['lr']:.2g}"] = torch.stack([curve(rule, one, steps) for one in drawn])[None]
+            rows[f"{name}, lr {rule.describe()['lr']:.2g}"] = curves(rule, drawn, steps)[None]
         found[sigma] = rows
         print(f"sigma {sigma:g}: " + ", ".join(f"{name} {rows[name].amin(2).mean():.2f}" for name in rows), flush=True)
     return found

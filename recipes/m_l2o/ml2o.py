@@ -123,11 +123,18 @@ def problems(family: TaskFamily, seed: int, size: int = TEST) -> Problems:
 
 def curve(rule: Rule, drawn: Problems, steps: int = STEPS) -> Tensor:
     """Logarithm of the mean loss after steps 1 to ``steps``; where it is not finite, infinite."""
-    task, params, buffers = drawn
+    return curves(rule, [drawn], steps)[0]
+
+
+def curves(rule: Rule, runs: Sequence[Problems], steps: int = STEPS) -> Tensor:
+    """The curves of several runs, computed together: ``(runs, steps)``."""
+    task = type(runs[0][0]).join([drawn[0] for drawn in runs])
+    params = {name: torch.cat([drawn[1][name] for drawn in runs]) for name in runs[0][1]}
     with torch.no_grad():
-        end, losses = unroll(rule, Episode(task, params, buffers, rule.init(params)), steps)
-        last = task.loss(end.params, end.buffers, task.batch(end.step))
-    return torch.cat([losses[1:], last[None]]).mean(1).log().nan_to_num(nan=math.inf)
+        end, losses = unroll(rule, Episode(task, params, {}, rule.init(params)), steps)
+        last = task.loss(end.params, {}, task.batch(end.step))
+    means = [part.mean(1) for part in torch.cat([losses[1:], last[None]]).split([drawn[0].size for drawn in runs], 1)]
+    return torch.stack(means).log().nan_to_num(nan=math.inf)
 
 
 def adapted(rule: Rule, family: TaskFamily, run: int, steps: int = 5, **options: Any) -> Rule:

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 
 import comparison
 import ml2o
-import torch
-from ml2o import Interval, curve, problems
+from ml2o import Interval, curves, problems
 
 from lightning_metaopt.tasks import Rosenbrock
 
@@ -28,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
     rates = {"SGD": (1e-5, 1e-2), "momentum (0.9)": (1e-5, 1e-2)}
     for name, (make, limits) in comparison.CLASSICAL.items():
         rate = comparison.best_rate(make, FAMILY, comparison.grid(*rates.get(name, limits)), STEPS)
-        rows[f"{name}, lr {rate:.2g}"] = torch.stack([curve(make(rate), one, STEPS) for one in drawn])[None]
+        rows[f"{name}, lr {rate:.2g}"] = curves(make(rate), drawn, STEPS)[None]
     comparison.draw_curves(options.folder / "rosenbrock.png", rows, "Rosenbrock's function")
     table = [[name, str(Interval.of(curves[:, :, -1])), str(Interval.of(curves.amin(2)))] for name, curves in rows.items()]
     lines = ml2o.write(options.folder / "rosenbrock.csv", ["method", f"after {STEPS} steps", "lowest on the way"], table)

@@ -16,7 +16,7 @@ from typing import Any
 import comparison
 import ml2o
 import torch
-from ml2o import Interval, Method, curve, problems
+from ml2o import Interval, Method, curve, curves, problems
 from torch import Tensor
 
 import lightning_metaopt as lmo
@@ -49,20 +49,20 @@ def ordinary(family: Lasso, options: Any) -> dict[str, Tensor]:
     found = {}
     for name, (make, _) in comparison.CLASSICAL.items():
         rates = comparison.grid(0.003, 3.0)
-        curves = [curve(make(rate), tuning) for rate in rates]
+        tried = [curve(make(rate), tuning) for rate in rates]
         figures = []
         for budget in BUDGETS:
-            best = min(range(len(rates)), key=lambda index: float(curves[index][budget - 1]))
-            figures.append(torch.stack([curve(make(rates[best]), one, budget)[-1] for one in drawn]))
+            best = min(range(len(rates)), key=lambda index: float(tried[index][budget - 1]))
+            figures.append(curves(make(rates[best]), drawn, budget)[:, -1])
         found[f"{name}, tuned for each budget"] = torch.stack(figures, 1)[None]
     for name, fast in (("ISTA", False), ("FISTA", True)):
         found[name] = torch.stack([at_budgets(comparison.proximal(one, max(BUDGETS), fast)) for one in drawn])[None]
     return found
 
 
-def at_budgets(curves: Tensor) -> Tensor:
+def at_budgets(found: Tensor) -> Tensor:
     """The figures after each budget's steps."""
-    return curves[..., [budget - 1 for budget in BUDGETS]]
+    return found[..., [budget - 1 for budget in BUDGETS]]
 
 
 def cells(values: Tensor) -> list[str]:
@@ -78,9 +78,8 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
         found = {}
         for label in METHODS:
             rules = [trained(options.folder / "rules", label, seed) for seed in options.seeds]
-            found[label] = torch.stack(
-                [torch.stack([at_budgets(curve(rule, problems(family, run))) for run in options.runs]) for rule in rules]
-            )
+            drawn = [problems(family, run) for run in options.runs]
+            found[label] = torch.stack([at_budgets(curves(rule, drawn)) for rule in rules])
         found |= ordinary(family, options)
         rows = [[name, *(str(Interval.of(values[:, :, k])) for k in range(len(BUDGETS)))] for name, values in found.items()]
         best = "RNNprop, learned output scale"
