@@ -87,6 +87,7 @@ TASKS = [
     TaskRow("LeastSquares", lambda: tasks.LeastSquares(dim=4, rows=6, start_std=1.0, double=True)),
     TaskRow("LeastSquares, fixed design", lambda: tasks.LeastSquares(dim=4, rows=6, design="fixed", mean=True, double=True)),
     TaskRow("LeastSquares, shifted", lambda: tasks.LeastSquares(dim=4, rows=6, design="shifted", double=True)),
+    TaskRow("Mixture", lambda: tasks.Mixture([tasks.Rosenbrock(double=True)])),
     TaskRow("Repeated", lambda: tasks.Repeated(tasks.Rosenbrock(double=True), 1)),
     TaskRow("Lasso", lambda: tasks.Lasso(std=3.0, dim=4, double=True), wiggle=1e-6),  # the penalty has kinks
     TaskRow("Lasso, mixture", lambda: tasks.Lasso(dim=4, penalty=0.0, log_scale=(0.0, 1.0), double=True)),

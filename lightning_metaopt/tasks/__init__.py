@@ -7,6 +7,7 @@ from lightning_metaopt.tasks.domains import ImageDomains
 from lightning_metaopt.tasks.identification import SmoothInterpolation, SystemIdentification
 from lightning_metaopt.tasks.images import ImageClassification, ImageSet
 from lightning_metaopt.tasks.lasso import Lasso, Rosenbrock
+from lightning_metaopt.tasks.mixture import Mixture
 from lightning_metaopt.tasks.module import ModuleTask
 from lightning_metaopt.tasks.modules import ModuleFamily
 from lightning_metaopt.tasks.quadratic import ConvexQuadratic
@@ -24,6 +25,7 @@ __all__ = [
     "ImageSet",
     "Lasso",
     "LeastSquares",
+    "Mixture",
     "ModuleFamily",
     "ModuleTask",
     "NonNegativeLeastSquares",
