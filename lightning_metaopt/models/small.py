@@ -30,7 +30,7 @@ class SmallNetwork(nn.Module):
     >>> import torch
     >>> net = SmallNetwork(pool=2, channels=[4, 8], widths=[12])
     >>> net(torch.zeros(5, 1, 28, 28)).shape, sum(p.numel() for p in net.parameters())
-    (torch.Size([5, 10]), 1342)
+    (torch.Size([5, 10]), 862)
     """
 
     def __init__(
