@@ -129,7 +129,13 @@ def plain(name: str) -> str:
     return name.partition(", lr ")[0]
 
 
-def report(folder: Path, found: Mapping[float, Mapping[str, Tensor]], drawn: Sequence[float], title: str) -> list[str]:
+def report(
+    folder: Path,
+    found: Mapping[float, Mapping[str, Tensor]],
+    drawn: Sequence[float],
+    title: str,
+    against: Sequence[str] = ("Transfer Learning", "Direct Transfer"),
+) -> list[str]:
     """``runs.csv`` with every figure, ``table.csv``, ``differences.csv``, and a picture for each sigma of ``drawn``."""
     figures = {sigma: {plain(name): curves.amin(2) for name, curves in rows.items()} for sigma, rows in found.items()}
     ml2o.write(
@@ -148,12 +154,7 @@ def report(folder: Path, found: Mapping[float, Mapping[str, Tensor]], drawn: Seq
     lines = ml2o.write(
         folder / "table.csv", head, [[name, *(str(Interval.of(rows[name])) for rows in figures.values())] for name in names]
     )
-    pairs = [
-        (one, other)
-        for one in names
-        for other in ("Transfer Learning", "Direct Transfer")
-        if one.startswith(("M-L2O", "Transfer")) and one != other
-    ]
+    pairs = [(one, other) for one in names for other in against if one.startswith(("M-L2O", "Transfer")) and one != other]
     rows = [
         [f"{one} minus {other}", *(str(Interval.of(values[one] - values[other])) for values in figures.values())]
         for one, other in pairs

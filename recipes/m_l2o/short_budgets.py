@@ -9,7 +9,6 @@ learning rates the best after so many steps on other problems. The rules are met
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +19,23 @@ from ml2o import Interval, Method, curve, curves, problems
 from torch import Tensor
 
 import lightning_metaopt as lmo
-from lightning_metaopt.metagrads import Unrolled
 from lightning_metaopt.rule import Rule
 from lightning_metaopt.tasks import Lasso
 
 BUDGETS = (20, 50, 100, 200, 500, 1000)
 FAMILIES = {"LASSO": Lasso(), "quadratics": Lasso(penalty=0.0)}
-LONG = partial(Unrolled, 50, first_order=True)
-METHODS = {
-    "RNNprop, 0.01 tanh": Method(LONG, objective="log"),
-    "RNNprop, learned output scale": Method(LONG, objective="log", rule={"scale": 0.1, "learn_scale": True}),
-}
-PROFILE = ((100, 1500),)
+LEARNED = "RNNprop, learned output scale"
+FIXED = "RNNprop, 0.01 tanh, of lasso.py"
+METHOD = Method(objective="log", rule={"scale": 0.1, "learn_scale": True})
+PROFILE = ((100, 1000),)
 
 
-def trained(folder: Path, label: str, seed: int) -> Rule:
+def trained(folder: Path, seed: int) -> Rule:
     """The rule, from its file if it has been meta-trained before."""
-    path = ml2o.rule_file(folder, label, seed)
+    path = ml2o.rule_file(folder, "short-budgets", seed)
     if not path.exists():
         ml2o.PROFILES["budgets"] = PROFILE
-        lmo.save_rule(ml2o.meta_train(METHODS[label], seed, "budgets"), path)
+        lmo.save_rule(ml2o.meta_train(METHOD, seed, "budgets"), path)
     return lmo.load_rule(path)
 
 
@@ -75,11 +71,10 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
     options = ml2o.arguments("Short budgets, in distribution", argv)
     lines: list[str] = []
     for problem, family in FAMILIES.items():
-        found = {}
-        for label in METHODS:
-            rules = [trained(options.folder / "rules", label, seed) for seed in options.seeds]
-            drawn = [problems(family, run) for run in options.runs]
-            found[label] = torch.stack([at_budgets(curves(rule, drawn)) for rule in rules])
+        drawn = [problems(family, run) for run in options.runs]
+        rules = {LEARNED: [trained(options.rules, seed) for seed in options.seeds]}
+        rules[FIXED] = [ml2o.load("transfer", seed, options.rules) for seed in options.seeds]
+        found = {label: torch.stack([at_budgets(curves(rule, drawn)) for rule in each]) for label, each in rules.items()}
         found |= ordinary(family, options)
         rows = [[name, *(str(Interval.of(values[:, :, k])) for k in range(len(BUDGETS)))] for name, values in found.items()]
         best = "RNNprop, learned output scale"
