@@ -86,5 +86,11 @@ class L2O(CoordinatewiseLSTM):
     def enter(self, x: Tensor) -> Tensor:
         return x
 
+    def enter_backward(self, phi: Tree, x: Tensor, y: Tensor, grad: Tensor) -> tuple[Tree, Tensor]:
+        return {}, grad
+
     def leave(self, out: Tensor) -> Tensor:
         return out
+
+    def leave_backward(self, left: Tensor, grad: Tensor) -> Tensor:
+        return grad

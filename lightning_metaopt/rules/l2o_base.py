@@ -10,13 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_metaopt.rule import Rule, State
-from lightning_metaopt.rules.lstm_cell import LSTMLayer, linear_map
+from lightning_metaopt.rules.lstm_cell import LSTMLayer, affine, linear_map
+from lightning_metaopt.rules.lstm_step import Columns, lstm_step
 from lightning_metaopt.tree import Tree, expand_to
 
 __all__ = ["CoordinatewiseLSTM"]
-
-Cells = list[tuple[Tensor, Tensor]]
-"""``(h, c)`` of every layer, each ``(hidden, N)`` for N coordinates."""
 
 
 class CoordinatewiseLSTM(Rule):
@@ -39,6 +37,9 @@ class CoordinatewiseLSTM(Rule):
     Raises:
         ValueError: for sizes below 1 or a scale that is not positive.
     """
+
+    replicas: int | None = None
+    """Set by :class:`~lightning_metaopt.rules.Stacked`: meta-parameters have an axis of so many replicas in front."""
 
     def __init__(
         self,
@@ -85,8 +86,16 @@ class CoordinatewiseLSTM(Rule):
         """What goes before the first layer, ``(number of features, N)`` to ``(features, N)``."""
 
     @abstractmethod
+    def enter_backward(self, phi: Tree, x: Tensor, y: Tensor, grad: Tensor) -> tuple[Tree, Tensor]:
+        """Of :meth:`enter` at ``x``, where its value is ``y``: derivatives by name of the meta-parameter, and that of ``x``."""
+
+    @abstractmethod
     def leave(self, out: Tensor) -> Tensor:
         """What comes after the last layer and before the scale, element by element."""
+
+    @abstractmethod
+    def leave_backward(self, left: Tensor, grad: Tensor) -> Tensor:
+        """The derivative of :meth:`leave` where its value is ``left``."""
 
     def init(self, params: Tree) -> State:
         state = self.memory(params)
@@ -103,35 +112,43 @@ class CoordinatewiseLSTM(Rule):
     def _slots(self) -> list[str]:
         return [f"{part}{index}" for index in range(len(self.cells)) for part in ("hidden", "cell")]
 
-    def network(self, x: Tensor, cells: Cells) -> tuple[Tensor, Cells]:
-        """Updates ``(N,)`` and new states from the columns ``x`` of features: **the one definition of the step**."""
+    def factor(self) -> Tensor | float:
+        """What the last layer is multiplied by."""
+        return self.scale if self.log_scale is None else self.factor_of(self.log_scale)
+
+    def factor_of(self, log_scale: Tensor) -> Tensor:
+        """:meth:`factor` from its logarithm; with an axis of replicas, so that it fits their columns."""
+        return log_scale.exp()[..., None, None]
+
+    def plain(self, x: Tensor, state: Sequence[Tensor], layout: Columns) -> tuple[Tensor, list[Tensor]]:
+        """Updates ``(N,)`` and new state from the columns ``x`` of features: **the definition of the step**."""
+        count = len(state) // (2 * len(self.cells))
+        held = [layout.columns(state[begin : begin + count]).to(x.dtype) for begin in range(0, len(state), count)]
         x = self.enter(x)
-        new: Cells = []
-        for layer, (hidden, cell) in zip(self.cells, cells, strict=True):
-            new.append(layer(x, hidden, cell))
-            x = new[-1][0]
-        scale = self.scale if self.log_scale is None else self.log_scale.exp()
-        out = torch.addmm(self.out_bias.unsqueeze(1), self.out_weight, x)
-        return (scale * self.leave(out)).squeeze(0), new
+        after: list[Tensor] = []
+        for layer, hidden, cell in zip(self.cells, held[::2], held[1::2], strict=True):
+            after += layer(x, hidden, cell)
+            x = after[-2]
+        out = self.leave(affine(self.out_bias, self.out_weight, x))
+        return (self.factor() * out).squeeze(-2), [leaf.to(state[0].dtype) for slot in after for leaf in layout.leaves(slot)]
 
     def forward(self, grads: Tree, state: State, params: Tree, loss: Tensor | None = None) -> tuple[Tree, State]:
         slots, kept = self._slots(), [slot for slot in state if slot not in (*self._slots(), "step")]
         new: State = {slot: {} for slot in state}
-        columns = []
+        seen = []
         for name, grad in grads.items():
             count = new["step"][name] = state["step"][name] + 1
             found, memory = self.features(grad, {slot: state[slot][name] for slot in kept}, expand_to(count, grad))
-            columns.append(torch.stack([feature.reshape(-1) for feature in found]))
+            seen.append(torch.stack(list(found), 1))
             for slot in kept:
                 new[slot][name] = memory[slot]
         # All coordinates of all parameters and problems at once: a few large matrix products.
-        held = [_beside([_columns(state[slot][name]) for name in grads]).to(columns[0].dtype) for slot in slots]
-        out, cells = self.network(_beside(columns), list(zip(held[::2], held[1::2], strict=True)))
-        sizes = [grad.numel() for grad in grads.values()]
-        for slot, value in zip(slots, (part for pair in cells for part in pair), strict=True):
-            for (name, grad), piece in zip(grads.items(), value.split(sizes, 1), strict=True):
-                new[slot][name] = piece.view(-1, *grad.shape).movedim(0, 1).to(state[slot][name].dtype)
-        return {name: part.view_as(grad) for (name, grad), part in zip(grads.items(), out.split(sizes), strict=True)}, new
+        layout = Columns([grad.shape for grad in grads.values()], self.replicas)
+        leaves = [state[slot][name] for slot in slots for name in grads]
+        out, after = lstm_step(self, layout.columns(seen), leaves, layout)
+        for index, slot in enumerate(slots):
+            new[slot] = dict(zip(grads, after[index * len(grads) :], strict=False))
+        return {name: part.squeeze(1) for name, part in zip(grads, layout.leaves(out.unsqueeze(-2)), strict=True)}, new
 
     def forward_(
         self, grads: Tree, state: State, params: Tree, loss: Tensor | None = None, scale: Mapping[str, float] | None = None
@@ -150,22 +167,14 @@ class CoordinatewiseLSTM(Rule):
 
     def _advance_(self, grad: Tensor, flat: Tree, slots: list[str], kept: list[str], count: Tensor) -> Tensor:
         update = torch.empty_like(grad)
+        layout = Columns([])
         for begin in range(0, len(grad), self.chunk):
             part = slice(begin, begin + self.chunk)
             found, memory = self.features(grad[part], {slot: flat[slot][0, part] for slot in kept}, count)
-            held = [flat[slot][:, part].to(grad.dtype) for slot in slots]
-            update[part], cells = self.network(torch.stack(list(found)), list(zip(held[::2], held[1::2], strict=True)))
+            held = [flat[slot][:, part] for slot in slots]
+            update[part], after = lstm_step(self, torch.stack(list(found)), held, layout)
             for slot in kept:
                 flat[slot][0, part] = memory[slot]
-            for slot, value in zip(slots, (tensor for pair in cells for tensor in pair), strict=True):
+            for slot, value in zip(slots, after, strict=True):
                 flat[slot][:, part] = value
         return update
-
-
-def _columns(leaf: Tensor) -> Tensor:
-    # (B, hidden, *shape) to (hidden, N), without a copy where the last step left it so.
-    return leaf.movedim(1, 0).reshape(leaf.shape[1], -1)
-
-
-def _beside(columns: Sequence[Tensor]) -> Tensor:
-    return columns[0] if len(columns) == 1 else torch.cat(list(columns), 1)

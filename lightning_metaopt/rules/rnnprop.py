@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_metaopt.rule import State
 from lightning_metaopt.rules.l2o_base import CoordinatewiseLSTM
-from lightning_metaopt.rules.lstm_cell import linear_map
+from lightning_metaopt.rules.lstm_cell import affine, linear_map
 from lightning_metaopt.tree import Tree, safe_sqrt, tree_map
 
 __all__ = ["RNNprop"]
@@ -102,10 +102,17 @@ class RNNprop(CoordinatewiseLSTM):
         return (mean / _bias(self.beta1, count, grad) / root, grad / root), {"mean": mean, "square": square}
 
     def enter(self, x: Tensor) -> Tensor:
-        return nn.functional.elu(torch.addmm(self.in_bias.unsqueeze(1), self.in_weight, x), inplace=True)
+        return nn.functional.elu(affine(self.in_bias, self.in_weight, x), inplace=True)
+
+    def enter_backward(self, phi: Tree, x: Tensor, y: Tensor, grad: Tensor) -> tuple[Tree, Tensor]:
+        slopes = grad * y.clamp(max=0).add_(1)  # e^z = y + 1 below 0
+        return {"in_weight": slopes @ x.mT, "in_bias": slopes.sum(-1)}, phi["in_weight"].mT @ slopes
 
     def leave(self, out: Tensor) -> Tensor:
         return out.tanh()
+
+    def leave_backward(self, left: Tensor, grad: Tensor) -> Tensor:
+        return torch.addcmul(grad, grad, left.square(), value=-1)
 
 
 def _bias(beta: float, count: Tensor, grad: Tensor) -> Tensor:

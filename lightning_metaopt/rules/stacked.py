@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from lightning_metaopt.rule import Rule, State
+from lightning_metaopt.rules.l2o_base import CoordinatewiseLSTM
 from lightning_metaopt.rules.nested import made, spec
 from lightning_metaopt.tree import Tree, escape, unescape
 
@@ -59,6 +60,8 @@ class Stacked(Rule):
         values, buffers = stack_module_state(built)
         if buffers:
             raise ValueError(f"{type(built[0]).__name__} has buffers and cannot be stacked")
+        if isinstance(self._kind[0], CoordinatewiseLSTM):
+            self._kind[0].replicas = self.count  # it does them all at once itself
         self.values = nn.ParameterDict({escape(name): nn.Parameter(value.detach()) for name, value in values.items()})
 
     @property
@@ -74,15 +77,24 @@ class Stacked(Rule):
         found = []
         for index in range(self.count):
             rule = copy.deepcopy(self._kind[0]).requires_grad_()
+            if isinstance(rule, CoordinatewiseLSTM):
+                rule.replicas = None
             for name, value in rule.named_parameters():
                 value.data = self.values[escape(name)].detach()[index].clone()
             found.append(rule)
         return found
 
     def init(self, params: Tree) -> State:
+        self._check(params)
+        if isinstance(self._kind[0], CoordinatewiseLSTM):
+            return self._kind[0].init(params)
         return self._joined(self._each(lambda rule, part: rule.init(part), self._split(params)))
 
     def forward(self, grads: Tree, state: State, params: Tree, loss: Tensor | None = None) -> tuple[Tree, State]:
+        self._check(grads)
+        if isinstance(self._kind[0], CoordinatewiseLSTM):
+            found: tuple[Tree, State] = functional_call(self._kind[0], self._phi(), (grads, state, params, loss))
+            return found
         split = {slot: self._split(tree) for slot, tree in state.items()}
         arguments = (self._split(grads), split, self._split(params))
         if loss is not None:
@@ -103,17 +115,21 @@ class Stacked(Rule):
 
     def _each(self, compute: Callable[..., Any], *arguments: Any) -> Any:
         kind = self._kind[0]
-        phi = {unescape(name): value for name, value in self.values.items()}
 
         def one(own: Tree, *given: Any) -> Any:
             return functional_call(_Call(kind, compute), {f"rule.{name}": value for name, value in own.items()}, given)
 
-        return vmap(one, in_dims=(0, *(1,) * len(arguments)), out_dims=0)(phi, *arguments)
+        return vmap(one, in_dims=(0, *(1,) * len(arguments)), out_dims=0)(self._phi(), *arguments)
+
+    def _phi(self) -> Tree:
+        return {unescape(name): value for name, value in self.values.items()}
+
+    def _check(self, tree: Tree) -> None:
+        problems = len(next(iter(tree.values())))
+        if problems % self.count:
+            raise ValueError(f"{problems} problems cannot be dealt out to {self.count} replicas; take a multiple")
 
     def _split(self, tree: Tree) -> Tree:
-        for leaf in tree.values():
-            if len(leaf) % self.count:
-                raise ValueError(f"{len(leaf)} problems cannot be dealt out to {self.count} replicas; take a multiple")
         return {name: leaf.unflatten(0, (-1, self.count)) for name, leaf in tree.items()}
 
     def _joined(self, state: State) -> State:

@@ -1,15 +1,15 @@
 """LSTM rules against a plain loop over coordinates with ``torch.nn.LSTMCell``."""
 
 import math
-from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 import lightning_metaopt as lmo
 from lightning_metaopt import rules
-from lightning_metaopt.rules.lstm_cell import LSTMLayer, plain_cell
+from lightning_metaopt.rule import under
 from lightning_metaopt.tree import tree_map
 
 SHAPES = {"weight": (3, 2), "bias": (3,), "gain": ()}
@@ -215,33 +215,71 @@ def test_meta_training_lowers_the_loss_of_new_problems():
     assert held_out() < 0.85 * min(float(before), standing_still)
 
 
-def test_the_cells_own_derivatives_are_those_of_its_equations():
-    generator = torch.Generator().manual_seed(0)
-    layer = LSTMLayer(3, 4, generator).double()
-    given = [torch.randn(size, 5, generator=generator, dtype=torch.float64, requires_grad=True) for size in (3, 4, 4)]
-    leaves = [*layer.parameters(), *given]
-    assert torch.autograd.gradcheck(layer, given)
-    for parts in ((0,), (1,), (0, 1)):  # of the two results, which ones the loss depends on
-        found, expected = (
-            torch.autograd.grad(sum((made[part] * made[part].sin()).sum() for part in parts), leaves)
-            for made in (layer(*given), plain_cell(*layer.parameters(), *given))
-        )
-        for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+def steps_of(rule, plain):
+    """Three steps on all kinds of parameters, and what they return, as a function of phi and of the gradients."""
+    params = drawn(0)
+
+    def compute(phi, grads):
+        def run(bound):
+            state, total = bound.init(params), 0.0
+            for scale in (1.0, 0.3, -2.0):
+                updates, state = bound({name: scale * grad for name, grad in grads.items()}, state, params)
+                total = total + sum((leaf * (1 + 50 * leaf)).sum() for leaf in updates.values())
+            return total + sum((leaf * leaf.sin()).sum() for tree in state.values() for leaf in tree.values())
+
+        if not plain:
+            return under(rule, phi, run)
+        with forward_ad.dual_level():  # a tangent that does nothing: the equations instead of the derivative by hand
+            first = next(iter(phi))
+            made = forward_ad.make_dual(phi[first], torch.zeros_like(phi[first]))
+            return forward_ad.unpack_dual(under(rule, {**phi, first: made}, run)).primal
+
+    return compute
 
 
-def test_second_derivatives_of_several_steps_are_those_of_the_equations():
-    # The state comes from the same weights: they must not be counted twice.
-    generator = torch.Generator().manual_seed(0)
-    layer = LSTMLayer(2, 3, generator).double()
-    x = torch.randn(2, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize(
+    "rule",
+    [
+        perturbed(rules.RNNprop(hidden=3)),
+        perturbed(rules.RNNprop(hidden=3, layers=2, learn_scale=True)),
+        perturbed(rules.L2O(hidden=3, learn_scale=True)),
+        perturbed(rules.L2O(hidden=2, layers=3)),
+    ],
+)
+def test_the_derivative_by_hand_is_that_of_the_equations_in_first_and_second_order(rule):
+    phi = {name: value.detach().clone().requires_grad_() for name, value in rule.named_parameters()}
+    grads = {name: (10 * leaf.sign()).requires_grad_() for name, leaf in drawn(1).items()}
+    results = []
+    for plain in (False, True):
+        value = steps_of(rule, plain)(phi, grads)
+        leaves = [*phi.values(), *grads.values()]
+        once = torch.autograd.grad(value, leaves, retain_graph=True)
+        kept = torch.autograd.grad(value, leaves, create_graph=True)
+        for one, other in zip(once, kept, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+        total = sum((grad * grad.sin()).sum() for grad in kept)
+        results.append([value, *once, *torch.autograd.grad(total, leaves)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-11)
+        assert one.abs().max() > 0
 
-    def curvature(cell):
-        hidden = memory = torch.zeros(3, 5, dtype=torch.float64)
-        for _ in range(3):
-            hidden, memory = cell(x, hidden, memory)
-        first = torch.autograd.grad((hidden * memory).sin().sum(), [*layer.parameters(), x], create_graph=True)
-        return torch.autograd.grad(sum(grad.square().sum() for grad in first), [*layer.parameters(), x])
 
-    for one, other in zip(curvature(layer), curvature(partial(plain_cell, *layer.parameters())), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
+@pytest.mark.parametrize("part", ["updates", "hidden0", "cell0"])
+def test_a_loss_may_depend_on_part_of_a_step(part):
+    rule = perturbed(rules.RNNprop(hidden=3))
+    params, grads = drawn(0), drawn(1)
+    updates, state = rule(grads, rule.init(params), params)
+    total = sum(leaf.square().sum() for leaf in (updates if part == "updates" else state[part]).values())
+    found = torch.autograd.grad(total, list(rule.parameters()), allow_unused=True, materialize_grads=True)
+    for (name, value), grad in zip(rule.named_parameters(), found, strict=True):
+        index = tuple(0 for _ in value.shape)
+
+        def run(t, name=name, value=value, index=index):
+            moved = {key: leaf.detach().clone() for key, leaf in rule.named_parameters()}
+            moved[name][index] += t
+            updates, state = under(rule, moved, lambda bound: bound(grads, bound.init(params), params))
+            return sum(leaf.square().sum() for leaf in (updates if part == "updates" else state[part]).values())
+
+        with torch.no_grad():
+            expected = (run(1e-5) - run(-1e-5)) / 2e-5
+        torch.testing.assert_close(grad[index], expected, rtol=1e-5, atol=1e-9)
