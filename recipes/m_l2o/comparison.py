@@ -79,12 +79,12 @@ LEARNED: dict[str, tuple[str | None, Adapt | None]] = {
     "Vanilla": (None, adapted),
     "Direct Transfer": ("transfer", None),
     "Transfer Learning": ("transfer", adapted),
-    "Direct Transfer, short schedule": ("transfer-short", None),
-    "Transfer Learning, short schedule": ("transfer-short", adapted),
-    "M-L2O, second order (Eq. 5), short schedule": ("second-order", adapted),
-    "M-L2O, first order (as released), short schedule": ("first-order", adapted),
     "M-L2O, aligned": ("aligned", adapted),
     "M-L2O, aligned, kept if better": ("aligned", kept_if_better),
+    "Direct Transfer, short schedule": ("transfer-short", None),
+    "Transfer Learning, short schedule": ("transfer-short", adapted),
+    "M-L2O, first order (as released), short schedule": ("first-order", adapted),
+    "M-L2O, second order (Eq. 5), short schedule": ("second-order", adapted),
     "random scaling, not adapted": ("scaled", None),
     "random scaling, adapted (log)": ("scaled", partial(adapted, objective="log")),
 }
@@ -105,22 +105,33 @@ def learned(options: Any, family: TaskFamily, label: str, steps: int = ml2o.STEP
     return torch.stack(rows)
 
 
+def remembered(path: Path, make: Callable[[], Tensor]) -> Tensor:
+    """What ``make`` returns, from a file if it has been made before: a run that was stopped goes on where it was."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(make(), path)
+    found: Tensor = torch.load(path, weights_only=True)
+    return found
+
+
 def compare(
-    options: Any, make: Callable[[float], TaskFamily], sigmas: Sequence[float], labels: Sequence[str], steps: int = ml2o.STEPS
+    options: Any, make: Callable[[float], TaskFamily], sigmas: Sequence[float], steps: int = ml2o.STEPS
 ) -> dict[float, dict[str, Tensor]]:
-    """Curves ``(meta-seeds or 1, runs, steps)`` by sigma and method."""
-    found: dict[float, dict[str, Tensor]] = {}
+    """Curves ``(meta-seeds or 1, runs, steps)`` by sigma and method; those of learned methods are kept in the folder."""
+    found: dict[float, dict[str, Tensor]] = {sigma: {} for sigma in sigmas}
+    for number, label in enumerate(LEARNED):
+        for sigma in sigmas:
+            path = options.folder / "curves" / f"{number}-{sigma:g}.pt"
+            curve_of = partial(learned, options, make(sigma), label, steps)
+            found[sigma][label] = remembered(path, curve_of)
+            print(f"{label}, sigma {sigma:g}: {float(found[sigma][label].amin(2).mean()):.2f}", flush=True)
     for sigma in sigmas:
-        family, rows = make(sigma), {}
-        for label in labels:
-            rows[label] = learned(options, family, label, steps)
+        family, rows = make(sigma), found[sigma]
         drawn = [problems(family, run) for run in options.runs]
         for name, fast in (("ISTA", False), ("FISTA", True)):
             rows[name] = torch.stack([proximal(one, steps, fast) for one in drawn])[None]
         for name, rule in tuned(family, sigma, steps).items():
             rows[f"{name}, lr {rule.describe()['lr']:.2g}"] = curves(rule, drawn, steps)[None]
-        found[sigma] = rows
-        print(f"sigma {sigma:g}: " + ", ".join(f"{name} {rows[name].amin(2).mean():.2f}" for name in rows), flush=True)
     return found
 
 

@@ -56,6 +56,8 @@ class Method:
     family: Callable[[], TaskFamily] = Lasso
     objective: str = "sum"
     rule: dict[str, Any] = field(default_factory=dict)
+    lr: float = 1e-3
+    annealed: bool = False
 
 
 METHODS = {
@@ -85,18 +87,21 @@ class Stages(Callback):
 
 
 def meta_train(method: Method, seed: int, profile: str = "standard", tasks: int = 33) -> Rule:
-    """A rule meta-trained with Adam (0.001), its seed that of the initial weights and of all problems."""
+    """A rule meta-trained with Adam, its seed that of the initial weights and of all problems."""
     paper = profile == "paper"
     stages = () if paper else PROFILES[profile]
+    windows = sum(count for _, count in stages)
+    anneal = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=max(windows, 1)) if method.annealed else None
     learner = lmo.MetaLearner(
         RNNprop(seed=seed, **method.rule),
         method.family(),
         method.metagrad(),
         method.objective,
-        partial(torch.optim.Adam, lr=1e-3),
+        partial(torch.optim.Adam, lr=method.lr),
+        scheduler=anneal,
         tasks=tasks,
         horizon=CURRICULUM[0] if paper else stages[0][0],
-        steps_per_epoch=50 if paper else sum(windows for _, windows in stages),
+        steps_per_epoch=50 if paper else windows,
         val_tasks=20 * tasks if paper else 0,
         seed=seed,
         guard_factor=None,
