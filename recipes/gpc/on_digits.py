@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader
 
-from lightning_metaopt.baselines import DAdaptSGD, DoG, Mechanic
+from lightning_metaopt.baselines import DAdaptAdam, DoG, Mechanic
 from lightning_metaopt.callbacks import GPCMetaOpt, HypergradientDescent
 from lightning_metaopt.data import Digits
 from lightning_metaopt.models import MLP
@@ -34,13 +34,13 @@ BASELINES: dict[str, list[dict[str, Any]]] = {
     "AdamW": [{"lr": lr, "betas": (0.9, b)} for lr in (0.001, 0.003) for b in (0.9, 0.999)],
     "HGD": [{"lr": 0.1, "meta_lr": rate} for rate in (1e-4, 1e-3, 1e-2, 1e-1)],
     "DoG": [{"lr": lr} for lr in (0.5, 1.0, 2.0, 4.0)],
-    "D-Adaptation": [{"lr": lr, "momentum": m} for lr in (0.5, 1.0) for m in (0.0, 0.9)],
+    "D-Adaptation (Adam)": [{"lr": lr} for lr in (0.25, 0.5, 1.0, 2.0)],
     "Mechanic": [{"lr": lr, "momentum": m} for lr in (0.1, 1.0) for m in (0.0, 0.9)],
 }
 MAKERS: dict[str, Callable[..., Optimizer]] = {
     "AdamW": AdamW,
     "DoG": DoG,
-    "D-Adaptation": DAdaptSGD,
+    "D-Adaptation (Adam)": DAdaptAdam,
     "Mechanic": lambda params, **options: Mechanic(params, base=partial(SGD, **options)),
 }
 
