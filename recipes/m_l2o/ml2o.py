@@ -25,8 +25,9 @@ from torch import Tensor
 import lightning_metaopt as lmo
 from lightning_metaopt.episode import Episode, unroll
 from lightning_metaopt.metagrads import Adapted, MetaGradient, Unrolled
+from lightning_metaopt.objectives import Objective
 from lightning_metaopt.rule import Rule
-from lightning_metaopt.rules import Adam, GradientDescent, RNNprop
+from lightning_metaopt.rules import Adam, GradientDescent, RNNprop, Stacked
 from lightning_metaopt.task import Task, TaskFamily
 from lightning_metaopt.task_loader import draw
 from lightning_metaopt.tasks import Lasso
@@ -88,15 +89,27 @@ class Stages(Callback):
 
 def meta_train(method: Method, seed: int, profile: str = "standard", tasks: int = 33) -> Rule:
     """A rule meta-trained with Adam, its seed that of the initial weights and of all problems."""
+    return _fit(method, RNNprop(seed=seed, **method.rule), method.objective, seed, profile, tasks)
+
+
+def meta_train_together(method: Method, seeds: Sequence[int], profile: str = "standard", tasks: int = 33) -> list[Rule]:
+    """The same for several seeds at once, each with problems of its own, which depend on all seeds."""
+    stacked = Stacked([RNNprop(seed=seed, **method.rule) for seed in seeds])
+    objective = lmo.objectives.PerReplica(method.objective, len(seeds))
+    _fit(method, stacked, objective, seeds[0], profile, tasks * len(seeds))
+    return stacked.replicas()
+
+
+def _fit(method: Method, rule: Rule, objective: Objective | str, seed: int, profile: str, tasks: int) -> Rule:
     paper = profile == "paper"
     stages = () if paper else PROFILES[profile]
     windows = sum(count for _, count in stages)
     anneal = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=max(windows, 1)) if method.annealed else None
     learner = lmo.MetaLearner(
-        RNNprop(seed=seed, **method.rule),
+        rule,
         method.family(),
         method.metagrad(),
-        method.objective,
+        objective,
         partial(torch.optim.Adam, lr=method.lr),
         scheduler=anneal,
         tasks=tasks,

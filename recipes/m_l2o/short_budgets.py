@@ -26,17 +26,18 @@ BUDGETS = (20, 50, 100, 200, 500, 1000)
 FAMILIES = {"LASSO": Lasso(), "quadratics": Lasso(penalty=0.0)}
 LEARNED = "RNNprop, learned output scale"
 FIXED = "RNNprop, 0.01 tanh, of lasso.py"
-METHOD = Method(objective="log", rule={"scale": 0.1, "learn_scale": True})
-PROFILE = ((100, 1000),)
+METHOD = Method(objective="log", rule={"scale": 0.5, "learn_scale": True}, lr=3e-3, annealed=True)
+PROFILE = ((100, 2000),)
 
 
-def trained(folder: Path, seed: int) -> Rule:
-    """The rule, from its file if it has been meta-trained before."""
-    path = ml2o.rule_file(folder, "short-budgets", seed)
-    if not path.exists():
+def trained(folder: Path, seeds: Sequence[int]) -> list[Rule]:
+    """The rules, from their files if they have been meta-trained before; all at once if not."""
+    paths = [ml2o.rule_file(folder, "short-budgets", seed) for seed in seeds]
+    if not all(path.exists() for path in paths):
         ml2o.PROFILES["budgets"] = PROFILE
-        lmo.save_rule(ml2o.meta_train(METHOD, seed, "budgets"), path)
-    return lmo.load_rule(path)
+        for path, rule in zip(paths, ml2o.meta_train_together(METHOD, seeds, "budgets"), strict=True):
+            lmo.save_rule(rule, path, {"recipe": "m_l2o/short_budgets", "seeds": list(seeds)})
+    return [lmo.load_rule(path) for path in paths]
 
 
 def ordinary(family: Lasso, options: Any) -> dict[str, Tensor]:
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
     lines: list[str] = []
     for problem, family in FAMILIES.items():
         drawn = [problems(family, run) for run in options.runs]
-        rules = {LEARNED: [trained(options.rules, seed) for seed in options.seeds]}
+        rules = {LEARNED: trained(options.rules, options.seeds)}
         rules[FIXED] = [ml2o.load("transfer", seed, options.rules) for seed in options.seeds]
         found = {label: torch.stack([at_budgets(curves(rule, drawn)) for rule in each]) for label, each in rules.items()}
         found |= ordinary(family, options)

@@ -119,6 +119,28 @@ def test_all_methods_meta_train_and_their_rules_come_back(ml2o, name, tmp_path, 
     assert not torch.equal(changed.out_weight, again.out_weight)
 
 
+def test_seeds_that_train_together_are_rules_of_their_own(ml2o, monkeypatch):
+    monkeypatch.setitem(ml2o.PROFILES, "tiny", ((20, 2),))
+    method = ml2o.Method(rule={"learn_scale": True}, lr=1e-2, annealed=True)
+    first, second = ml2o.meta_train_together(method, [3, 4], "tiny", tasks=2)
+    for rule, seed in ((first, 3), (second, 4)):
+        before = lmo.rules.RNNprop(seed=seed, learn_scale=True)
+        moved = max(float((one - other).abs().max()) for one, other in zip(rule.parameters(), before.parameters(), strict=True))
+        assert 5e-3 < moved < 2e-2  # two steps of Adam, the second annealed to half
+
+
+def test_what_was_computed_is_remembered(comparison, tmp_path):
+    calls = []
+
+    def make():
+        calls.append(0)
+        return torch.ones(2)
+
+    for _ in range(2):
+        assert torch.equal(comparison.remembered(tmp_path / "a" / "b.pt", make), torch.ones(2))
+    assert len(calls) == 1
+
+
 def test_stages_set_the_length_of_episodes_by_the_number_of_windows(ml2o):
     stages, seen = ml2o.Stages(((20, 2), (60, 3))), []
 
