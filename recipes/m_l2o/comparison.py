@@ -85,8 +85,10 @@ LEARNED: dict[str, tuple[str | None, Adapt | None]] = {
     "Transfer Learning, short schedule": ("transfer-short", adapted),
     "M-L2O, first order (as released), short schedule": ("first-order", adapted),
     "M-L2O, second order (Eq. 5), short schedule": ("second-order", adapted),
-    "random scaling, not adapted": ("scaled", None),
-    "random scaling, adapted (log)": ("scaled", partial(adapted, objective="log")),
+    "Direct Transfer, long schedule": ("transfer-long", None),
+    "Transfer Learning, long schedule": ("transfer-long", adapted),
+    "random scaling, not adapted, short schedule": ("scaled", None),
+    "random scaling, adapted (log), short schedule": ("scaled", partial(adapted, objective="log")),
 }
 
 
