@@ -47,7 +47,7 @@ PROFILES = {
     "long": ((100, 300), (200, 400), (500, 750), (1000, 1000), (2000, 800)),
 }
 # What has another schedule in the standard profile, see the README.
-SCHEDULES = {name: "short" for name in ("transfer-short", "first-order", "second-order", "scaled")} | {"transfer-long": "long"}
+SCHEDULES = dict.fromkeys(("transfer-short", "first-order", "second-order", "scaled"), "short") | {"transfer-long": "long"}
 CURRICULUM = (100, 200, 500, 1000, 1500, 2000, 2500, 3000)  # of the published code, for the profile "paper"
 
 
