@@ -23,7 +23,7 @@ __all__ = ["Columns", "lstm_step"]
 class Columns:
     """How leaves ``(B, k, *shape)`` of parameters ``(B, *shape)`` become the columns of one matrix ``(k, N)``, and back.
 
-    With replicas the matrix is ``(R, k, N)``; problem ``i`` is of replica ``i % R``. Without shapes the leaf of the only
+    With replicas the matrix is ``(R, k, N / R)``, and problems come replica by replica. Without shapes the leaf of the only
     parameter is such a matrix already.
     """
 
@@ -34,25 +34,22 @@ class Columns:
         """Of one slot, with a leaf for each parameter; without a copy where the last step left it so."""
         if not self.shapes:
             return leaves[0]
-        if self.replicas is None:
-            found = [leaf.transpose(0, 1).reshape(leaf.shape[1], -1) for leaf in leaves]
-        else:
-            dealt = [leaf.reshape(-1, self.replicas, leaf.shape[1], leaf[0, 0].numel()) for leaf in leaves]
-            found = [leaf.permute(1, 2, 0, 3).flatten(2) for leaf in dealt]
-        return found[0] if len(found) == 1 else torch.cat(found, -1)
+        found = [leaf.transpose(0, 1).reshape(leaf.shape[1], *self._split) for leaf in leaves]
+        joined = found[0] if len(found) == 1 else torch.cat(found, -1)
+        return joined if self.replicas is None else joined.transpose(0, 1)
 
     def leaves(self, columns: Tensor) -> list[Tensor]:
         """The inverse."""
         if not self.shapes:
             return [columns]
-        rows, sizes = columns.shape[-2], [shape.numel() // (self.replicas or 1) for shape in self.shapes]
+        columns = columns if self.replicas is None else columns.transpose(0, 1)
+        sizes = [shape.numel() // (self.replicas or 1) for shape in self.shapes]
         pieces = columns.split(sizes, -1) if len(sizes) > 1 else [columns]
-        if self.replicas is None:
-            return [piece.view(rows, *shape).transpose(0, 1) for piece, shape in zip(pieces, self.shapes, strict=True)]
-        dealt = [piece.unflatten(-1, (shape[0] // self.replicas, -1)) for piece, shape in zip(pieces, self.shapes, strict=True)]
-        return [
-            piece.permute(2, 0, 1, 3).reshape(shape[0], rows, *shape[1:]) for piece, shape in zip(dealt, self.shapes, strict=True)
-        ]
+        return [piece.reshape(len(columns), *shape).transpose(0, 1) for piece, shape in zip(pieces, self.shapes, strict=True)]
+
+    @property
+    def _split(self) -> tuple[int, ...]:
+        return (-1,) if self.replicas is None else (self.replicas, -1)
 
 
 def lstm_step(rule: Any, x: Tensor, state: Sequence[Tensor], layout: Columns) -> tuple[Tensor, list[Tensor]]:
@@ -150,8 +147,11 @@ def _backward(
     before: list[Tensor] = []
     for index in reversed(range(slots // 2)):
         hidden, cell = coming[2 * index : 2 * index + 2]
-        arriving = [value for value in (below, hidden) if value is not None]
-        arrived = torch.stack(arriving).sum(0) if len(arriving) > 1 else arriving[0] if arriving else torch.zeros_like(held[0])
+        if below is None or hidden is None:
+            either = hidden if below is None else below
+            arrived = torch.zeros_like(held[2 * index]) if either is None else either
+        else:
+            arrived = below + hidden
         names = [f"cells.{index}.{part}" for part in ("weight_input", "weight_hidden", "bias")]
         weights = (phi[names[0]], phi[names[1]], phi[names[2]])
         given = (y if index == 0 else kept[2 + 3 * (index - 1)], held[2 * index], held[2 * index + 1])

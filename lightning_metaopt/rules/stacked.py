@@ -21,14 +21,14 @@ __all__ = ["Stacked"]
 class Stacked(Rule):
     """``R`` replicas of a rule with meta-parameters of their own, stacked: each leaf of phi is ``(R, *shape)``.
 
-    Of a batch of problems the i-th is stepped by replica ``i % R``; the number of problems must be a multiple of R. What they
-    compute is what each computes alone, in one pass: small rules are bound by the number of operations, not by their size.
+    A batch of problems is dealt out in R equal parts, the first to replica 0, the next to replica 1, and so on. What they compute
+    is what each computes alone, in one pass: small rules are bound by the number of operations as much as by their size.
 
     For replicas that differ in nothing but their start, wrap the family in :class:`~lightning_metaopt.tasks.Repeated`: all meet the
-    same problems then. To make a meta-step of all what it is for each alone, wrap the objective in
-    :class:`~lightning_metaopt.objectives.PerReplica`: otherwise meta-gradients are R times smaller, which Adam forgives (but for
-    its eps) and others do not. Clipping by norm, validation and the guard of a :class:`~lightning_metaopt.MetaLearner` look at
-    all replicas together.
+    same problems then (in one process, and with ``Unrolled(chunk=None)`` where a task prefers chunks). To make a meta-step of
+    all what it is for each alone, wrap the objective in :class:`~lightning_metaopt.objectives.PerReplica`: otherwise
+    meta-gradients are R times smaller, which Adam forgives (but for its eps) and others do not. Clipping by norm, validation and
+    the guard of a :class:`~lightning_metaopt.MetaLearner` look at all replicas together.
 
     Args:
         rules: of one class and configuration. They are copied. In a file they stand as ``{"class": name, "init": arguments}``.
@@ -119,7 +119,7 @@ class Stacked(Rule):
         def one(own: Tree, *given: Any) -> Any:
             return functional_call(_Call(kind, compute), {f"rule.{name}": value for name, value in own.items()}, given)
 
-        return vmap(one, in_dims=(0, *(1,) * len(arguments)), out_dims=0)(self._phi(), *arguments)
+        return vmap(one, in_dims=0)(self._phi(), *arguments)
 
     def _phi(self) -> Tree:
         return {unescape(name): value for name, value in self.values.items()}
@@ -130,11 +130,10 @@ class Stacked(Rule):
             raise ValueError(f"{problems} problems cannot be dealt out to {self.count} replicas; take a multiple")
 
     def _split(self, tree: Tree) -> Tree:
-        return {name: leaf.unflatten(0, (-1, self.count)) for name, leaf in tree.items()}
+        return {name: leaf.unflatten(0, (self.count, -1)) for name, leaf in tree.items()}
 
     def _joined(self, state: State) -> State:
-        # Replicas come out as the first axis: vmap cannot put them elsewhere where a result does not depend on them.
-        return {slot: {name: leaf.movedim(0, 1).flatten(0, 1) for name, leaf in tree.items()} for slot, tree in state.items()}
+        return {slot: {name: leaf.flatten(0, 1) for name, leaf in tree.items()} for slot, tree in state.items()}
 
 
 class _Call(nn.Module):

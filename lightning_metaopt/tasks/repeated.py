@@ -16,7 +16,7 @@ __all__ = ["Repeated"]
 
 @final
 class Repeated(TaskFamily):
-    """Every problem of ``family`` ``copies`` times in a row: what the replicas of a :class:`~lightning_metaopt.rules.Stacked` meet.
+    """The problems of ``family``, all of them ``copies`` times over, for the replicas of a :class:`~lightning_metaopt.rules.Stacked`.
 
     Args:
         family: any whose problems carry all that is random in their data (starting points too).
@@ -43,5 +43,5 @@ class Repeated(TaskFamily):
         if size % self.copies:
             raise ValueError(f"{size} problems are not a multiple of {self.copies} copies")
         task = copy.copy(self.family.sample(generator, size // self.copies))
-        task.data = tree_map(lambda leaf: leaf.repeat_interleave(self.copies, 0), task.data)
+        task.data = tree_map(lambda leaf: torch.cat([leaf] * self.copies), task.data)
         return task
