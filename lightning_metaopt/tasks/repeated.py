@@ -16,7 +16,7 @@ __all__ = ["Repeated"]
 
 @final
 class Repeated(TaskFamily):
-    """The problems of ``family``, all of them ``copies`` times over, for the replicas of a :class:`~lightning_metaopt.rules.Stacked`.
+    """All problems of ``family`` ``copies`` times over, for the replicas of a :class:`~lightning_metaopt.rules.Stacked`.
 
     Args:
         family: any whose problems carry all that is random in their data (starting points too).
