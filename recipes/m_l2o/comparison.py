@@ -80,11 +80,11 @@ LEARNED: dict[str, tuple[str | None, Adapt | None]] = {
     "Direct Transfer": ("transfer", None),
     "Transfer Learning": ("transfer", adapted),
     "M-L2O, aligned": ("aligned", adapted),
-    "M-L2O, aligned, kept if better": ("aligned", kept_if_better),
     "Direct Transfer, short schedule": ("transfer-short", None),
     "Transfer Learning, short schedule": ("transfer-short", adapted),
     "M-L2O, first order (as released), short schedule": ("first-order", adapted),
     "M-L2O, second order (Eq. 5), short schedule": ("second-order", adapted),
+    "Transfer Learning, kept if better": ("transfer", kept_if_better),
     "Direct Transfer, long schedule": ("transfer-long", None),
     "Transfer Learning, long schedule": ("transfer-long", adapted),
     "random scaling, not adapted, short schedule": ("scaled", None),
@@ -121,9 +121,9 @@ def compare(
 ) -> dict[float, dict[str, Tensor]]:
     """Curves ``(meta-seeds or 1, runs, steps)`` by sigma and method; those of learned methods are kept in the folder."""
     found: dict[float, dict[str, Tensor]] = {sigma: {} for sigma in sigmas}
-    for number, label in enumerate(LEARNED):
+    for label in LEARNED:
         for sigma in sigmas:
-            path = options.folder / "curves" / f"{number}-{sigma:g}.pt"
+            path = options.folder / "curves" / f"{label}, {sigma:g}.pt"
             curve_of = partial(learned, options, make(sigma), label, steps)
             found[sigma][label] = remembered(path, curve_of)
             print(f"{label}, sigma {sigma:g}: {float(found[sigma][label].amin(2).mean()):.2f}", flush=True)
