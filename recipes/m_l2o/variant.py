@@ -10,6 +10,7 @@ meta-parameters, Adam with 0.001) and with the same as M-L2O's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from lightning_metaopt.rule import Rule
 from lightning_metaopt.task import TaskFamily
 from lightning_metaopt.tasks import Lasso
 
-SIGMAS = (10.0, 25.0, 50.0, 100.0, 200.0)
+SIGMAS = (10.0, 100.0, 200.0)
 VARIANT = "output scale adapts, 10 steps"
 SMALL, LARGE = search.SCALING[0], search.SCALING[3]  # five steps of Adam with learning rate 0.3 and 1
 METHODS: dict[str, tuple[str, dict[str, Any] | None]] = {
@@ -56,14 +57,15 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
     rules = {
         kind: [search.trained(Path(options.rules), VARIANT, kind, seed) for seed in options.seeds] for kind in ("plain", "nested")
     }
-    found = {}
-    for sigma in SIGMAS:
-        family = Lasso(std=sigma)
-        rows = {label: figures(rules[kind], family, options.runs, way) for label, (kind, way) in METHODS.items()}
+    found: dict[float, dict[str, Tensor]] = {sigma: {} for sigma in SIGMAS}
+    for sigma in sorted(SIGMAS, reverse=True):
+        family, rows = Lasso(std=sigma), found[sigma]
+        for label, (kind, way) in METHODS.items():
+            path = options.folder / "curves" / f"{label}, {sigma:g}.pt"
+            rows[label] = comparison.remembered(path, partial(figures, rules[kind], family, options.runs, way))
+            print(f"{label}, sigma {sigma:g}: {float(rows[label].amin(2).mean()):.2f}", flush=True)
         drawn = [problems(family, run) for run in options.runs]
         rows["FISTA"] = torch.stack([comparison.proximal(one, ml2o.STEPS, True) for one in drawn])[None]
-        found[sigma] = rows
-        print(f"sigma {sigma:g}: " + ", ".join(f"{name} {rows[name].amin(2).mean():.2f}" for name in rows), flush=True)
     against = [label for label, (kind, _) in METHODS.items() if kind == "plain"]
     return comparison.report(options.folder, found, (100.0, 200.0), "LASSO", against)
 
