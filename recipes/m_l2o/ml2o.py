@@ -47,7 +47,9 @@ PROFILES = {
     "long": ((100, 300), (200, 400), (500, 750), (1000, 1000), (2000, 800)),
 }
 # What has another schedule in the standard profile, see the README.
-SCHEDULES = dict.fromkeys(("transfer-short", "first-order", "second-order", "scaled"), "short") | {"transfer-long": "long"}
+SCHEDULES = dict.fromkeys(("transfer-short", "aligned", "first-order", "second-order", "scaled"), "short") | {
+    "transfer-long": "long"
+}
 CURRICULUM = (100, 200, 500, 1000, 1500, 2000, 2500, 3000)  # of the published code, for the profile "paper"
 
 
@@ -65,7 +67,8 @@ class Method:
 
 METHODS = {
     "transfer": Method(),
-    "aligned": Method(lambda: Adapted(FIRST(), Adam(1e-3), 5, "start", True, family=Lasso(), every=25)),
+    "aligned": Method(lambda: Adapted(FIRST(), Adam(1e-3), 5, "start", True, family=Lasso(), every=25, advance="adapted")),
+    "aligned-unadapted": Method(lambda: Adapted(FIRST(), Adam(1e-3), 5, "start", True, family=Lasso(), every=25)),
     "scaled": Method(family=partial(Lasso, log_scale=(0.0, math.log(200))), objective="log"),
     "transfer-short": Method(),
     "transfer-long": Method(),
