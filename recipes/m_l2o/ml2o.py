@@ -47,9 +47,8 @@ PROFILES = {
     "long": ((100, 300), (200, 400), (500, 750), (1000, 1000), (2000, 800)),
 }
 # What has another schedule in the standard profile, see the README.
-SCHEDULES = dict.fromkeys(("transfer-short", "aligned", "first-order", "second-order", "scaled"), "short") | {
-    "transfer-long": "long"
-}
+SCHEDULES = dict.fromkeys(("transfer-short", "aligned", "first-order", "second-order", "scaled"), "short")
+SCHEDULES["transfer-long"] = "long"
 CURRICULUM = (100, 200, 500, 1000, 1500, 2000, 2500, 3000)  # of the published code, for the profile "paper"
 
 
