@@ -87,6 +87,18 @@ def test_a_wheel_has_them(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     packed = set(zipfile.ZipFile(wheel).namelist())
     files = [file.name for file in SHIPPED.iterdir()]
-    assert "metamd-digits.safetensors" in files
+    assert {"metamd-digits.safetensors", "ml2o-lasso.safetensors"} <= set(files)
     assert {f"lightning_metaopt/pretrained/{name}" for name in files} <= packed
     assert "lightning_metaopt/py.typed" in packed
+
+
+def test_the_lasso_rule_adapts_its_scale_to_problems_far_from_those_it_was_trained_on():
+    rule = load_rule("ml2o-lasso")
+    assert isinstance(rule, lmo.rules.RNNprop)
+    options = {"restart_every": 5, "lr": 0.3, "only": ["log_scale"], "objective": "log", "held_out_steps": 200, "figure": min}
+    found = lmo.adapt(rule, lmo.tasks.Lasso(std=100.0), steps=10, seed=1000, **options)
+    assert found.kept
+    assert found.after < 0.2 * found.before
+    assert {name for name, value in found.rule.named_parameters() if not torch.equal(value, rule.get_parameter(name))} == {
+        "log_scale"
+    }
