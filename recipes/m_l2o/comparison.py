@@ -94,18 +94,23 @@ LEARNED: dict[str, tuple[str | None, Adapt | None]] = {
 
 
 def learned(options: Any, family: TaskFamily, label: str, steps: int = ml2o.STEPS) -> Tensor:
-    """Curves ``(meta-seeds, runs, steps)`` of a learned method; adaptation is to ``family``, on problems of the run's own."""
+    """Curves ``(meta-seeds, runs, steps)`` of a learned method; adaptation is to ``family``, on problems of the run's own.
+
+    Meta-seeds whose rule is not in the folder are left out; without any the method has no curves, ``(0, runs, steps)``.
+    """
     name, adapt = LEARNED[label]
-    rows = []
+    rows = [torch.empty(0, len(options.runs), steps)]
     for seed in options.seeds:
+        if name is not None and not ml2o.rule_file(options.rules, name, seed).exists():
+            continue
         rule = RNNprop(seed=seed) if name is None else load(name, seed, options.rules)
         drawn = [problems(family, run) for run in options.runs]
         if adapt is None:
-            rows.append(curves(rule, drawn, steps))
+            rows.append(curves(rule, drawn, steps)[None])
         else:
             found = [curve(adapt(rule, family, run), one, steps) for run, one in zip(options.runs, drawn, strict=True)]
-            rows.append(torch.stack(found))
-    return torch.stack(rows)
+            rows.append(torch.stack(found)[None])
+    return torch.cat(rows)
 
 
 def remembered(path: Path, make: Callable[[], Tensor]) -> Tensor:
@@ -125,8 +130,11 @@ def compare(
     for label in LEARNED:
         for sigma in sigmas:
             path = options.folder / "curves" / f"{label}, {sigma:g}.pt"
-            curve_of = partial(learned, options, make(sigma), label, steps)
-            found[sigma][label] = remembered(path, curve_of)
+            curves_of = remembered(path, partial(learned, options, make(sigma), label, steps))
+            if not len(curves_of):
+                path.unlink()
+                continue
+            found[sigma][label] = curves_of
             print(f"{label}, sigma {sigma:g}: {float(found[sigma][label].amin(2).mean()):.2f}", flush=True)
     for sigma in sigmas:
         family, rows = make(sigma), found[sigma]
@@ -143,12 +151,26 @@ def plain(name: str) -> str:
     return name.partition(", lr ")[0]
 
 
+AGAINST = [f"{method}{length}" for length in ("", ", short schedule") for method in ("Transfer Learning", "Direct Transfer")]
+
+
+def schedule(name: str) -> str:
+    """The schedule that a method's name ends with, if any."""
+    return name.rpartition(", ")[2] if name.endswith(" schedule") else ""
+
+
+def paired(one: Tensor, other: Tensor) -> Interval:
+    """Of differences on the same meta-seeds and runs; of the second-order rules there are fewer meta-seeds, the first ones."""
+    count = min(len(one), len(other))
+    return Interval.of(one[:count] - other[:count])
+
+
 def report(
     folder: Path,
     found: Mapping[float, Mapping[str, Tensor]],
     drawn: Sequence[float],
     title: str,
-    against: Sequence[str] = ("Transfer Learning", "Direct Transfer"),
+    against: Sequence[str] = AGAINST,
 ) -> list[str]:
     """``runs.csv`` with every figure, ``table.csv``, ``differences.csv``, and a picture for each sigma of ``drawn``."""
     figures = {sigma: {plain(name): curves.amin(2) for name, curves in rows.items()} for sigma, rows in found.items()}
@@ -168,10 +190,14 @@ def report(
     lines = ml2o.write(
         folder / "table.csv", head, [[name, *(str(Interval.of(rows[name])) for rows in figures.values())] for name in names]
     )
-    pairs = [(one, other) for one in names for other in against if one.startswith(("M-L2O", "Transfer")) and one != other]
+    pairs = [
+        (one, other)
+        for one in names
+        for other in against
+        if other in names and one != other and one.startswith(("M-L2O", "Transfer")) and schedule(one) == schedule(other)
+    ]
     rows = [
-        [f"{one} minus {other}", *(str(Interval.of(values[one] - values[other])) for values in figures.values())]
-        for one, other in pairs
+        [f"{one} minus {other}", *(str(paired(values[one], values[other])) for values in figures.values())] for one, other in pairs
     ]
     lines += ["", *ml2o.write(folder / "differences.csv", head, rows)]
     options = [(sigma, *name.split(", lr ")) for sigma, methods in found.items() for name in methods if ", lr " in name]

@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
     """Run all and write table and picture."""
     options = ml2o.arguments("Figure A5a of M-L2O", argv)
     rows = {label: comparison.learned(options, FAMILY, label, STEPS) for label in comparison.LEARNED}
+    rows = {label: found for label, found in rows.items() if len(found)}
     drawn = [problems(FAMILY, run) for run in options.runs]
     rates = {"SGD": (1e-5, 1e-2), "momentum (0.9)": (1e-5, 1e-2)}
     for name, (make, limits) in comparison.CLASSICAL.items():
