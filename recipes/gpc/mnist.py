@@ -98,7 +98,7 @@ def _draw(folder: Path, groups: dict[tuple[str, str], dict[int, list[tuple[float
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13.5, 4.4), layout="constrained")
+    figure = Figure(figsize=(13.5, 5), layout="constrained")
     FigureCanvasAgg(figure)
     left, middle, right = figure.subplots(1, 3)
     colors = iter(colormaps["tab20"].colors)
@@ -116,7 +116,7 @@ def _draw(folder: Path, groups: dict[tuple[str, str], dict[int, list[tuple[float
         axis.set_xlabel("episode")
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.25)
-    left.legend(fontsize=7)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     with (folder / "mnist_profiles_0.0001.csv").open() as file:
         profiles = [[float(x) for x in row] for row in csv.reader(file)]
     for k in sorted({0, 1, 3, 7, len(profiles) - 1} & set(range(len(profiles)))):
