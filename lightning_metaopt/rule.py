@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from lightning_metaopt.tree import Tree, escape, unescape
 
-__all__ = ["Rule", "State", "per_parameter", "under"]
+__all__ = ["Rule", "State", "Traced", "per_parameter", "under"]
 
 State = dict[str, Tree]
 """Slots of a rule (``"momentum"``, ``"step"``) to trees with one leaf ``(B, ...)`` for each parameter."""
@@ -123,6 +123,21 @@ class Rule(nn.Module, ABC):
         every meta-parameter.
         """
         return {unescape(name): float(value.detach().float().mean()) for name, value in self.named_parameters()}
+
+
+@runtime_checkable
+class Traced(Protocol):
+    """What a rule offers whose derivative is written by hand, for gradients that are constants: then a whole window is
+    differentiated without a graph. Its updates must not depend on the parameters.
+    """
+
+    def trace(self, grads: Tree, state: State) -> tuple[Tree, State, Any]:
+        """:meth:`Rule.forward` and whatever :meth:`pull` needs."""
+
+    def pull(self, tape: Any, updates: Tree, state: State) -> tuple[Tree, State]:
+        """From the derivatives of a number with respect to a step's updates and its new state to those with respect to phi, by
+        name, and to the old state. Slots that only gradients reach may be missing, in both.
+        """
 
 
 def per_parameter(shapes: Mapping[str, Sequence[int]], fill: float | Callable[[tuple[int, ...]], Tensor]) -> nn.ParameterDict:

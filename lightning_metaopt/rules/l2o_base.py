@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_metaopt.rule import Rule, State
 from lightning_metaopt.rules.lstm_cell import LSTMLayer, affine, linear_map
-from lightning_metaopt.rules.lstm_step import Columns, lstm_step
+from lightning_metaopt.rules.lstm_step import Columns, lstm_backward, lstm_forward, lstm_step
 from lightning_metaopt.tree import Tree, expand_to
 
 __all__ = ["CoordinatewiseLSTM"]
@@ -133,8 +134,32 @@ class CoordinatewiseLSTM(Rule):
         return (self.factor() * out).squeeze(-2), [leaf.to(state[0].dtype) for slot in after for leaf in layout.leaves(slot)]
 
     def forward(self, grads: Tree, state: State, params: Tree, loss: Tensor | None = None) -> tuple[Tree, State]:
-        slots, kept = self._slots(), [slot for slot in state if slot not in (*self._slots(), "step")]
+        x, new, layout = self._seen(grads, state)
+        leaves = [state[slot][name] for slot in self._slots() for name in grads]
+        return self._named(grads, new, layout, *lstm_step(self, x, leaves, layout))
+
+    @torch.no_grad()
+    def trace(self, grads: Tree, state: State) -> tuple[Tree, State, Any]:
+        """See :class:`~lightning_metaopt.rule.Traced`."""
+        x, new, layout = self._seen(grads, state)
+        leaves = [state[slot][name] for slot in self._slots() for name in grads]
+        out, after, kept = lstm_forward(self, x, leaves, layout)
+        return *self._named(grads, new, layout, out, after), (layout, x, leaves, kept)
+
+    @torch.no_grad()
+    def pull(self, tape: Any, updates: Tree, state: State) -> tuple[Tree, State]:
+        """See :class:`~lightning_metaopt.rule.Traced`."""
+        layout, x, leaves, kept = tape
+        row = layout.columns([leaf.unsqueeze(1) for leaf in updates.values()]).squeeze(-2)
+        coming = [state[slot][name] if slot in state else None for slot in self._slots() for name in updates]
+        found, _, before = lstm_backward(self, layout, dict(self.named_parameters()), x, leaves, kept, row, coming)
+        return found, self._slotted(updates, before)
+
+    def _seen(self, grads: Tree, state: State) -> tuple[Tensor, State, Columns]:
+        # Features as columns, and the new state but for the network's part: all coordinates of all parameters and problems at
+        # once, for a few large matrix products.
         new: State = {slot: {} for slot in state}
+        kept = [slot for slot in state if slot not in (*self._slots(), "step")]
         seen = []
         for name, grad in grads.items():
             count = new["step"][name] = state["step"][name] + 1
@@ -142,13 +167,15 @@ class CoordinatewiseLSTM(Rule):
             seen.append(torch.stack(list(found), 1))
             for slot in kept:
                 new[slot][name] = memory[slot]
-        # All coordinates of all parameters and problems at once: a few large matrix products.
         layout = Columns([grad.shape for grad in grads.values()], self.replicas)
-        leaves = [state[slot][name] for slot in slots for name in grads]
-        out, after = lstm_step(self, layout.columns(seen), leaves, layout)
-        for index, slot in enumerate(slots):
-            new[slot] = dict(zip(grads, after[index * len(grads) :], strict=False))
-        return {name: part.squeeze(1) for name, part in zip(grads, layout.leaves(out.unsqueeze(-2)), strict=True)}, new
+        return layout.columns(seen), new, layout
+
+    def _named(self, grads: Tree, new: State, layout: Columns, out: Tensor, after: list[Tensor]) -> tuple[Tree, State]:
+        updates = {name: part.squeeze(1) for name, part in zip(grads, layout.leaves(out.unsqueeze(-2)), strict=True)}
+        return updates, new | self._slotted(grads, after)
+
+    def _slotted(self, grads: Tree, leaves: list[Tensor]) -> State:
+        return {slot: dict(zip(grads, leaves[index * len(grads) :], strict=False)) for index, slot in enumerate(self._slots())}
 
     def forward_(
         self, grads: Tree, state: State, params: Tree, loss: Tensor | None = None, scale: Mapping[str, float] | None = None

@@ -17,7 +17,7 @@ from lightning_metaopt.rule import Rule, under
 from lightning_metaopt.rules.lstm_cell import affine, cell_backward, cell_forward
 from lightning_metaopt.tree import Tree
 
-__all__ = ["Columns", "lstm_step"]
+__all__ = ["Columns", "lstm_backward", "lstm_forward", "lstm_step"]
 
 
 class Columns:
@@ -63,7 +63,7 @@ def lstm_step(rule: Any, x: Tensor, state: Sequence[Tensor], layout: Columns) ->
     """
     phi = [value for _, value in rule.named_parameters()]
     if not torch.is_grad_enabled():
-        return _forward(rule, x, state, layout)[:2]
+        return lstm_forward(rule, x, state, layout)[:2]
     if any(forward_ad.unpack_dual(value).tangent is not None for value in (x, *phi, *state)):
         found: tuple[Tensor, list[Tensor]] = rule.plain(x, state, layout)
         return found
@@ -76,8 +76,8 @@ def _slots(leaves: Sequence[Tensor], count: int) -> Iterator[Sequence[Tensor]]:
     return (leaves[begin : begin + size] for begin in range(0, len(leaves), size))
 
 
-def _forward(rule: Any, x: Tensor, state: Sequence[Tensor], layout: Columns) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    # Updates, leaves, and what the derivative needs: y, tanh(out) or what leaves, then of each layer cell and gates.
+def lstm_forward(rule: Any, x: Tensor, state: Sequence[Tensor], layout: Columns) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Updates, the state's leaves, and what :func:`lstm_backward` needs."""
     held = [layout.columns(slot).to(x.dtype) for slot in _slots(state, 2 * len(rule.cells))]
     y = rule.enter(x)
     kept, after, below = [y], [], y
@@ -96,10 +96,9 @@ def _forward(rule: Any, x: Tensor, state: Sequence[Tensor], layout: Columns) -> 
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rule: Any, layout: Columns, count: int, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        update, after, kept = _forward(rule, x, tensors[count:], layout)
+        update, after, kept = lstm_forward(rule, x, tensors[count:], layout)
         ctx.rule, ctx.layout, ctx.count, ctx.kept = rule, layout, count, len(kept)
         ctx.names = [name for name, _ in rule.named_parameters()]
-        ctx.factor = rule.scale if rule.log_scale is None else None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*kept, x, *tensors)
         return (update, *after)
@@ -111,12 +110,13 @@ class _Step(torch.autograd.Function):
         phi, state = dict(zip(ctx.names, tensors[: ctx.count], strict=True)), tensors[ctx.count :]
         if torch.is_grad_enabled():  # this derivative will be differentiated itself
             return (None, None, None, *_slowly(ctx.rule, ctx.layout, x, phi, state, (grad, *grad_state)))
-        found, grad_x, before = _backward(ctx, phi, x, state, kept, grad, grad_state)
+        found, grad_x, before = lstm_backward(ctx.rule, ctx.layout, phi, x, state, kept, grad, grad_state)
         return (None, None, None, grad_x, *(found.get(name) for name in ctx.names), *before)
 
 
-def _backward(
-    ctx: Any,
+def lstm_backward(
+    rule: Any,
+    layout: Columns,
     phi: Tree,
     x: Tensor,
     state: Sequence[Tensor],
@@ -124,7 +124,11 @@ def _backward(
     grad: Tensor | None,
     grad_state: Sequence[Tensor | None],
 ) -> tuple[Tree, Tensor, list[Tensor]]:
-    rule, layout, slots = ctx.rule, ctx.layout, 2 * len(ctx.rule.cells)
+    """Derivatives with respect to phi, features and old state, from those with respect to updates and new state.
+
+    ``kept`` is what :func:`lstm_forward` returned last; the rest as in :func:`lstm_step`.
+    """
+    slots = 2 * len(rule.cells)
     out, y = kept[:2]
     held = [layout.columns(slot).to(x.dtype) for slot in _slots(state, slots)]
     coming = []
@@ -136,11 +140,10 @@ def _backward(
     below: Tensor | None = None
     if grad is not None:
         row = grad.unsqueeze(-2)
-        if ctx.factor is None:
-            factor = ctx.rule.factor_of(phi["log_scale"])
+        factor = rule.scale
+        if rule.log_scale is not None:
+            factor = rule.factor_of(phi["log_scale"])
             found["log_scale"] = (factor * out * row).sum((-2, -1))
-        else:
-            factor = ctx.factor
         row = rule.leave_backward(out, factor * row)
         found["out_weight"], found["out_bias"] = row @ top.mT, row.sum(-1)
         below = phi["out_weight"].mT @ row
