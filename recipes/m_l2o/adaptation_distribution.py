@@ -30,7 +30,7 @@ from lightning_metaopt.tasks import Lasso
 
 TEST = 100.0
 ADAPTATION: dict[str, TaskFamily] = {"training problems": Lasso()} | {f"{s:g}": Lasso(std=float(s)) for s in (10, 25, 50, 100, 200)}
-METHODS = {"Transfer Learning": "transfer", "M-L2O, first order": "first-order", "M-L2O, aligned": "aligned"}
+METHODS = {"Transfer Learning": "transfer-short", "M-L2O, first order": "first-order", "M-L2O, aligned": "aligned"}
 ALPHA, POINTS = 1e-3, 5
 
 
@@ -96,7 +96,7 @@ def draw(path: Path, rows: dict[str, dict[str, Tensor]], direct: Interval) -> No
 def main(argv: Sequence[str] | None = None) -> list[str]:
     """Run all and write tables and pictures."""
     options = ml2o.arguments("Figure 4 of M-L2O", argv)
-    direct = Interval.of(figures(options, "transfer", None))
+    direct = Interval.of(figures(options, "transfer-short", None))
     rows = {label: {key: figures(options, name, family) for key, family in ADAPTATION.items()} for label, name in METHODS.items()}
     draw(options.folder / "adaptation_distribution.png", rows, direct)
     table = [[label, *(str(Interval.of(values)) for values in by_family.values())] for label, by_family in rows.items()]

@@ -20,7 +20,7 @@ from lightning_metaopt.tasks import Lasso
 
 TEST = Lasso(std=100.0)
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
-METHODS = {"Transfer Learning": "transfer", "M-L2O, first order": "first-order", "M-L2O, aligned": "aligned"}
+METHODS = {"Transfer Learning": "transfer-short", "M-L2O, first order": "first-order", "M-L2O, aligned": "aligned"}
 
 
 def between(first: Rule, second: Rule, weight: float) -> Rule:
