@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ml2o
 import torch
@@ -20,6 +20,7 @@ from lightning_metaopt.task import TaskFamily
 
 TUNING_SEED, TRIALS = 1000, 12
 Make = Callable[[float], Rule]
+Kept = TypeVar("Kept")
 # How an optimizer is made of its learning rate, and the smallest and largest of the twelve that are tried.
 CLASSICAL: dict[str, tuple[Make, tuple[float, float]]] = {
     "SGD": (GradientDescent, (2e-4, 0.1)),  # over sigma^2
@@ -113,19 +114,19 @@ def learned(options: Any, family: TaskFamily, label: str, steps: int = ml2o.STEP
     return torch.cat(rows)
 
 
-def remembered(path: Path, make: Callable[[], Tensor]) -> Tensor:
+def remembered(path: Path, make: Callable[[], Kept]) -> Kept:
     """What ``make`` returns, from a file if it has been made before: a run that was stopped goes on where it was."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(make(), path)
-    found: Tensor = torch.load(path, weights_only=True)
+    found: Kept = torch.load(path, weights_only=True)
     return found
 
 
 def compare(
     options: Any, make: Callable[[float], TaskFamily], sigmas: Sequence[float], steps: int = ml2o.STEPS
 ) -> dict[float, dict[str, Tensor]]:
-    """Curves ``(meta-seeds or 1, runs, steps)`` by sigma and method; those of learned methods are kept in the folder."""
+    """Curves ``(meta-seeds or 1, runs, steps)`` by sigma and method; all are kept in the folder."""
     found: dict[float, dict[str, Tensor]] = {sigma: {} for sigma in sigmas}
     for label in LEARNED:
         for sigma in sigmas:
@@ -137,13 +138,19 @@ def compare(
             found[sigma][label] = curves_of
             print(f"{label}, sigma {sigma:g}: {float(found[sigma][label].amin(2).mean()):.2f}", flush=True)
     for sigma in sigmas:
-        family, rows = make(sigma), found[sigma]
-        drawn = [problems(family, run) for run in options.runs]
-        for name, fast in (("ISTA", False), ("FISTA", True)):
-            rows[name] = torch.stack([proximal(one, steps, fast) for one in drawn])[None]
-        for name, rule in tuned(family, sigma, steps).items():
-            rows[f"{name}, lr {rule.describe()['lr']:.2g}"] = curves(rule, drawn, steps)[None]
+        path = options.folder / "curves" / f"ordinary, {sigma:g}.pt"
+        found[sigma] |= remembered(path, partial(ordinary, options, make(sigma), sigma, steps))
     return found
+
+
+def ordinary(options: Any, family: TaskFamily, sigma: float, steps: int) -> dict[str, Tensor]:
+    """Curves ``(1, runs, steps)`` of ISTA, FISTA and the tuned optimizers."""
+    drawn, rows = [problems(family, run) for run in options.runs], {}
+    for name, fast in (("ISTA", False), ("FISTA", True)):
+        rows[name] = torch.stack([proximal(one, steps, fast) for one in drawn])[None]
+    for name, rule in tuned(family, sigma, steps).items():
+        rows[f"{name}, lr {rule.describe()['lr']:.2g}"] = curves(rule, drawn, steps)[None]
+    return rows
 
 
 def plain(name: str) -> str:
