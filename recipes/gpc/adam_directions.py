@@ -27,10 +27,10 @@ FIRST = 4  # the first episode that is judged
 NAME = "GPC on AdamW"
 GRID: list[dict[str, Any]] = [
     {"lr": lr, "meta_lr": meta, "clip": clip}
-    for lr, meta, clip in itertools.product((1e-3, 3e-3), (1e-5, 1e-4, 1e-3), (10.0, None))
+    for lr, meta, clip in itertools.product((3e-3, 1e-2, 3e-2), (1e-5, 1e-4), (10.0, None))
 ]
 ADAMW: list[dict[str, Any]] = [
-    {"lr": lr, "betas": (0.9, second)} for lr, second in itertools.product((5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2), (0.9, 0.999))
+    {"lr": lr, "betas": (0.9, second)} for lr, second in itertools.product((3e-3, 1e-2, 2e-2, 3e-2, 5e-2, 1e-1), (0.9, 0.999))
 ]
 
 

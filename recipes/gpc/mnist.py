@@ -4,7 +4,7 @@
     python recipes/gpc/mnist.py FOLDER --tables                                         # tables and figure of a finished run
 
 Episodes are those of ``on_digits.py``, with ``--small`` the small ones. GPC is ``GPCMetaOpt`` in a ``Trainer``, on SGD (lr 0.1) and
-on AdamW (lr 0.001); options of the baselines and of GPC on AdamW are chosen on seed 1000, by the mean loss over an episode.
+on AdamW; options of the baselines and of GPC on AdamW are chosen on seed 1000, by the mean loss over an episode.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from on_digits import BASELINES, LAST, TUNING, Problem, Record, Table, controlle
 
 CONTROLLED: dict[str, list[dict[str, Any]]] = {
     "GPC": [{"meta_lr": 1e-4}, {"meta_lr": 1e-3}],
-    "GPC on AdamW": [{"meta_lr": lr, "normalize": n} for lr in (1e-5, 1e-4) for n in (False, True)],
+    "GPC on AdamW": [{"lr": lr, "meta_lr": meta} for lr in (0.003, 0.01) for meta in (1e-5, 1e-4)],
 }
 
 

@@ -30,11 +30,11 @@ TUNING = 1000
 LAST = 20  # steps whose mean loss is the final one
 BASELINES: dict[str, list[dict[str, Any]]] = {
     "GD": [{"lr": lr} for lr in (0.2, 0.4, 0.6, 1.0)],
-    "momentum": [{"lr": lr, "momentum": m} for lr in (0.1, 0.2) for m in (0.9, 0.95)],
-    "AdamW": [{"lr": lr, "betas": (0.9, b)} for lr in (0.001, 0.003) for b in (0.9, 0.999)],
+    "momentum": [{"lr": lr, "momentum": m} for lr, m in ((0.05, 0.95), (0.1, 0.9), (0.1, 0.95), (0.2, 0.9))],
+    "AdamW": [{"lr": lr} for lr in (0.003, 0.005, 0.01, 0.02)],
     "HGD": [{"lr": 0.1, "meta_lr": rate} for rate in (1e-4, 1e-3, 1e-2, 1e-1)],
     "DoG": [{"lr": lr} for lr in (0.5, 1.0, 2.0, 4.0)],
-    "D-Adaptation (Adam)": [{"lr": lr} for lr in (0.25, 0.5, 1.0, 2.0)],
+    "D-Adaptation (Adam)": [{"lr": lr} for lr in (0.1, 0.25, 0.5, 1.0)],
     "Mechanic": [{"lr": lr, "momentum": m} for lr in (0.1, 1.0) for m in (0.0, 0.9)],
 }
 MAKERS: dict[str, Callable[..., Optimizer]] = {
@@ -120,7 +120,7 @@ def plain(name: str, options: dict[str, Any], seed: int, episode: int, steps: in
         loss = problem.training_step(problem.batch, 0)
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
 
 
