@@ -166,10 +166,12 @@ def schedule(name: str) -> str:
     return name.rpartition(", ")[2] if name.endswith(" schedule") else ""
 
 
-def paired(one: Tensor, other: Tensor) -> Interval:
-    """Of differences on the same meta-seeds and runs; of the second-order rules there are fewer meta-seeds, the first ones."""
-    count = min(len(one), len(other))
-    return Interval.of(one[:count] - other[:count])
+def difference(values: Mapping[str, Tensor], one: str, other: str) -> str:
+    """Its interval on the same meta-seeds and runs; of the second-order rules there are fewer meta-seeds, the first ones."""
+    if one not in values or other not in values:
+        return ""
+    count = min(len(values[one]), len(values[other]))
+    return str(Interval.of(values[one][:count] - values[other][:count]))
 
 
 def report(
@@ -192,20 +194,17 @@ def report(
             for run, value in enumerate(line)
         ],
     )
-    names = list(next(iter(figures.values())))
+    names = list(dict.fromkeys(name for rows in figures.values() for name in rows))
     head = ["method", *(f"{sigma:g}" for sigma in figures)]
-    lines = ml2o.write(
-        folder / "table.csv", head, [[name, *(str(Interval.of(rows[name])) for rows in figures.values())] for name in names]
-    )
+    table = [[name, *(str(Interval.of(rows[name])) if name in rows else "" for rows in figures.values())] for name in names]
+    lines = ml2o.write(folder / "table.csv", head, table)
     pairs = [
         (one, other)
         for one in names
         for other in against
         if other in names and one != other and one.startswith(("M-L2O", "Transfer")) and schedule(one) == schedule(other)
     ]
-    rows = [
-        [f"{one} minus {other}", *(str(paired(values[one], values[other])) for values in figures.values())] for one, other in pairs
-    ]
+    rows = [[f"{one} minus {other}", *(difference(values, one, other) for values in figures.values())] for one, other in pairs]
     lines += ["", *ml2o.write(folder / "differences.csv", head, rows)]
     options = [(sigma, *name.split(", lr ")) for sigma, methods in found.items() for name in methods if ", lr " in name]
     ml2o.write(folder / "tuned.csv", ["sigma", "method", "learning rate"], options)

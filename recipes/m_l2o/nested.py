@@ -4,12 +4,14 @@
 
 Cosines between meta-gradients on the same problems of the training mixture: plain (which is transfer learning), first order on the
 next window (as released) and second order (Eq. 5), for the rule as initialised and after plain meta-training, in the first window
-and in the eleventh. The plain ones are taken where the nested ones end: on the next window, or on the same.
+and in the eleventh. The plain ones are taken where the nested ones end, on the next window or on the same, and are of the same
+order: Eq. 5 needs the derivative of the problems' gradients, which first order holds constant.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import ml2o
 import torch
@@ -23,6 +25,7 @@ from lightning_metaopt.rules import GradientDescent, RNNprop
 from lightning_metaopt.tasks import Lasso
 
 ALPHAS, WINDOWS = (1e-3, 1e-2, 1e-1), (0, 10)
+EXACT = partial(Unrolled, ml2o.WINDOW)
 
 
 def flat(metagrad: MetaGradient, rule: Rule, episode: Episode) -> torch.Tensor:
@@ -36,7 +39,7 @@ def cosines(rule: Rule, episode: Episode, alpha: float) -> tuple[float, float]:
     after = unroll(rule, episode, ml2o.WINDOW)[0].detach()
     pairs = [
         (flat(Adapted(FIRST(), GradientDescent(alpha), 1, "next", True), rule, episode), flat(FIRST(), rule, after)),
-        (flat(Adapted(Unrolled(ml2o.WINDOW), GradientDescent(alpha), 1, "same"), rule, episode), flat(FIRST(), rule, episode)),
+        (flat(Adapted(EXACT(), GradientDescent(alpha), 1, "same"), rule, episode), flat(EXACT(), rule, episode)),
     ]
     first, second = (float(torch.nn.functional.cosine_similarity(one, other, dim=0)) for one, other in pairs)
     return first, second
