@@ -23,10 +23,11 @@ $(READY): pyproject.toml constraints.txt
 quickstart: $(READY)
 	$(BIN)/lightning-metaopt run recipes/quickstart/digits.yaml --output outputs/quickstart --overwrite
 
-# The meta-trained rules that ship with the package, made anew (about half a minute each on a quiet core).
+# The meta-trained rules that ship with the package, made anew (half a minute each for the first two, about ten for the third, on a quiet core).
 pretrained: $(READY)
 	$(BIN)/lightning-metaopt meta-train recipes/quickstart/digits.yaml --output lightning_metaopt/pretrained/metamd-digits.safetensors --overwrite
 	$(BIN)/lightning-metaopt meta-train recipes/m_l2o/lasso_rule.yaml --output lightning_metaopt/pretrained/ml2o-lasso.safetensors --overwrite
+	$(BIN)/lightning-metaopt meta-train recipes/m_l2o/rnnprop_small.yaml --output lightning_metaopt/pretrained/rnnprop-small.safetensors --overwrite
 
 test: $(READY) lint types
 	$(BIN)/python -m pytest -n 2

@@ -115,7 +115,7 @@ def shipped_rules() -> list[str]:
     """Names of the meta-trained rules that are part of the package; how each was made stands in ``provenance`` of its header.
 
     >>> shipped_rules()
-    ['metamd-digits']
+    ['metamd-digits', 'ml2o-lasso', 'rnnprop-small']
     """
     return sorted(file.stem for file in SHIPPED.glob("*.safetensors"))
 
