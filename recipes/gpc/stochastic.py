@@ -40,8 +40,8 @@ UNFROZEN: dict[str, dict[str, Any]] = {
 }
 BASELINES: dict[str, list[dict[str, Any]]] = {
     "SGD": [{"lr": lr} for lr in (0.1, 0.3, 0.6, 1.0)],
-    "momentum": [{"lr": lr, "momentum": 0.9} for lr in (0.03, 0.06, 0.1, 0.2)],
-    "AdamW": [{"lr": lr} for lr in (0.001, 0.003, 0.006, 0.01)],
+    "momentum": [{"lr": lr, "momentum": 0.9} for lr in (0.06, 0.1, 0.2, 0.4)],
+    "AdamW": [{"lr": lr} for lr in (0.003, 0.01, 0.02, 0.04)],
 }
 
 
