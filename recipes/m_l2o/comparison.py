@@ -216,7 +216,7 @@ def report(
 
 def draw_curves(path: Path, rows: Mapping[str, Tensor], title: str) -> None:
     """Mean logarithm of the loss over steps, with its 95 % interval over meta-seeds and runs together."""
-    with axes_into(path, fontsize=6.5) as axes:
+    with axes_into(path, legend=False) as axes:
         for number, (name, curves) in enumerate(rows.items()):
             steps = curves.shape[2]
             at = sorted({round(10 ** (index / 20)) for index in range(200) if round(10 ** (index / 20)) <= steps})
@@ -227,6 +227,7 @@ def draw_curves(path: Path, rows: Mapping[str, Tensor], title: str) -> None:
                 at, mean, style, lw=1.2, color=f"C{number % 10}" if number < 10 else f"{0.1 * (number - 9):.1f}", label=name
             )
             if name in LEARNED:
-                axes.fill_between(at, mean - half, mean + half, color=line.get_color(), alpha=0.12)
+                axes.fill_between(at, mean - half, mean + half, color=line.get_color(), alpha=0.06)
         start = max(float(curves[:, :, 0].mean()) for curves in rows.values())
         axes.set(xscale="log", xlabel="step", ylabel="ln of the mean loss", title=title, ylim=(-6.5, min(start + 2, 12.0)))
+        axes.figure.legend(loc="outside lower center", ncols=2, fontsize=6, frameon=False)
