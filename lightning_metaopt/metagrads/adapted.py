@@ -200,8 +200,8 @@ class Adapted(MetaGradient):
     def _held(self, rule: Rule, episode: Episode, objective: Objective) -> Estimate:
         # The change of an earlier estimate, added to what the rule has become since.
         phi = {name: value.detach() for name, value in rule.named_parameters()}
-        moved = {name: phi[name] + change.to(phi[name].device) for name, change in self._change.items()}
-        return self._outer(rule, episode, objective, phi | moved, self._change)
+        moved = phi | {name: phi[name] + change.to(phi[name].device) for name, change in self._change.items()}
+        return self._outer(rule, episode, objective, tree_map(lambda leaf: leaf.clone().requires_grad_(), moved), self._change)
 
     def _moving(self, phi: Tree) -> Sequence[str]:
         unknown = [name for name in self.only or () if name not in phi]

@@ -190,6 +190,13 @@ def test_an_adaptation_is_held_for_some_estimates_and_over_a_resume():
     end, losses = unroll(rule, first.episode, 2, {"log_lr": rule.log_lr.detach() + sign * changed})
     torch.testing.assert_close(second.loss, FINAL(rule, episode, end, losses).mean().detach())
     assert torch.equal(second.episode.params["x"], end.params["x"])
+    there = lmo.rule.under(
+        rule,
+        {"log_lr": (rule.log_lr.detach() + sign * changed).requires_grad_()},
+        lambda bound: metagrads.Unrolled(2)(bound, first.episode, FINAL),
+    )
+    torch.testing.assert_close(second.grads["log_lr"], there.grads["log_lr"])
+    assert second.grads["log_lr"] != 0
     assert how(rule, second.episode, FINAL).info["adaptation"] != changed
     again = make(2)
     again.load_state_dict(saved)
