@@ -80,7 +80,6 @@ LEARNED: dict[str, tuple[str | None, Adapt | None]] = {
     "Vanilla": (None, adapted),
     "Direct Transfer": ("transfer", None),
     "Transfer Learning": ("transfer", adapted),
-    "M-L2O, aligned, episodes go on unadapted": ("aligned-unadapted", adapted),
     "Direct Transfer, short schedule": ("transfer-short", None),
     "Transfer Learning, short schedule": ("transfer-short", adapted),
     "M-L2O, aligned, short schedule": ("aligned", adapted),

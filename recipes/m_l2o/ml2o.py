@@ -67,7 +67,6 @@ class Method:
 METHODS = {
     "transfer": Method(),
     "aligned": Method(lambda: Adapted(FIRST(), Adam(1e-3), 5, "start", True, family=Lasso(), every=25, advance="adapted")),
-    "aligned-unadapted": Method(lambda: Adapted(FIRST(), Adam(1e-3), 5, "start", True, family=Lasso(), every=25)),
     "scaled": Method(family=partial(Lasso, log_scale=(0.0, math.log(200))), objective="log"),
     "transfer-short": Method(),
     "transfer-long": Method(),
