@@ -1,4 +1,4 @@
-"""The M-L2O that the search chose, on other seeds: against transfer learning, direct transfer and tuned optimizers.
+"""What adapts, on other seeds: the output scale alone, of plainly and of nested meta-trained rules, and the paper's adaptation.
 
     python recipes/m_l2o/variant.py [FOLDER]      # writes table.csv, differences.csv, runs.csv and pictures
 
