@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -150,3 +151,43 @@ def test_common_batches() -> None:
     torch.testing.assert_close(torch.stack(met), torch.stack(seen), rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(end, expected, rtol=1e-11, atol=1e-12)
     assert not torch.allclose(met[-1], run(mlp, rollout=2)[2][-1], rtol=1e-3)
+
+
+def test_normalised_meta_gradients_are_cosines() -> None:
+    # At the first meta-step: mean inner products over the norms of the gradient and of a disturbance.
+    met = run(mlp, HISTORY + 2, rollout=2, mode="gram", normalize=True)[2]
+    f, data = Function(mlp), batches(HISTORY + 2)
+    x, g = [f.start], []
+    for batch in data[: HISTORY + 1]:  # nothing has been learned yet
+        g.append(f.grad(x[-1], batch))
+        x.append((1 - DECAY) * x[-1] - ETA * g[-1])
+    last = f.grad(x[-1], data[HISTORY + 1])
+    scale = last.norm() * torch.stack([each.square().sum() for each in g]).mean().sqrt()
+    adjoints = [last, (1 - DECAY) * last]
+    expected = [sum(p @ g[HISTORY - lag - ago] for ago, p in enumerate(adjoints)) / scale for lag in range(HISTORY)]
+    torch.testing.assert_close(met[-1], META * torch.stack(expected), rtol=1e-10, atol=1e-12)
+
+
+def test_a_gradient_that_is_not_finite_ends_the_past() -> None:
+    net = net_of(mlp)
+    base = torch.optim.SGD(net.parameters(), ETA)
+    engine = GPCMetaOpt.attach(base, history=2, rollout=1, mode="gram", meta_optimizer=lambda m: torch.optim.SGD(m, META))
+    seen = []
+    for number, batch in enumerate(batches(8)):
+        base.zero_grad()
+        loss_of(net, batch).backward()
+        kept = [p.detach().clone() for p in net.parameters()]
+        if number == 4:
+            net[0].weight.grad[0, 0] = torch.inf
+        with pytest.warns(UserWarning, match="not finite") if number == 4 else nullcontext():
+            base.step()
+        if number == 4:
+            with torch.no_grad():
+                for param, old in zip(net.parameters(), kept, strict=True):
+                    param.copy_(old)
+        seen.append(engine.coefficients.value.detach().clone())
+    assert not torch.equal(seen[3], seen[2])
+    for number in (4, 5, 6):  # two steps fill the past anew, before the next meta-step
+        assert torch.equal(seen[number], seen[3]), number
+    assert not torch.equal(seen[7], seen[6])
+    assert seen[7].isfinite().all()
