@@ -208,7 +208,7 @@ class Controller(StepEngine):
             vectors["reached"] = reached
             if old is not None and self.options.rollout > 1:
                 vectors["update"] = reached - old
-        self._past = [*self._past[-self.options.rollout + 1 :], Past(moments, lr, decay, vectors)][-self.options.rollout :]
+        self._past = [*self._past, Past(moments, lr, decay, vectors)][-self.options.rollout :]
 
     def rule(self) -> GradientPerturbation:
         """What was learned, as a rule: a deployable one where the base optimizer is plain SGD.
