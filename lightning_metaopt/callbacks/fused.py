@@ -70,7 +70,7 @@ def element(
     """The meta-step and the step with a factor for each number; gives the squared lengths of :math:`w P_t` and of :math:`x`."""
 
     def kernel(param: Tensor, old: Tensor, grad: Tensor, past: Tensor, *others: Tensor | Number) -> tuple[Tensor, ...]:
-        slots: dict[str, Any] = dict(zip(names, others, strict=False))
+        slots: dict[str, Any] = {name: others[place] for place, name in enumerate(names)}
         lr, weight, strength, *scales = others[len(names) :]
         old, grad = precise(old), precise(grad)
         if learn:
@@ -93,7 +93,7 @@ def clip(update: StepSizeUpdate, names: Sequence[str], still: bool) -> Kernel:
     """The step again, shortened, and the factors with it; ``still`` for no step at all."""
 
     def kernel(param: Tensor, old: Tensor, past: Tensor, *others: Tensor | Number) -> tuple[Tensor, ...]:
-        slots: dict[str, Any] = dict(zip(names, others, strict=False))
+        slots: dict[str, Any] = {name: others[place] for place, name in enumerate(names)}
         length, shift = others[len(names) :]
         if still:
             param.copy_(old)

@@ -8,6 +8,7 @@ import torch
 from recipe_script import load_script
 
 pytest.importorskip("mlxtend")
+pytest.importorskip("dog", reason="the extra baselines is not installed")
 
 
 @pytest.fixture
