@@ -197,6 +197,13 @@ class Imitation(Objective):
 
     Raises:
         ValueError: for a weight that is not positive.
+
+    >>> import lightning_metaopt as lmo
+    >>> rule, task = lmo.rules.GradientDescent(0.1), lmo.tasks.LeastSquares(dim=3, rows=5).draw(seed=0, size=4)
+    >>> objective = Imitation(lmo.rules.GradientDescent(0.1), objective="final")  # the rule is its own teacher
+    >>> begin = lmo.episode.start(rule, task)
+    >>> torch.equal(*(lmo.Unrolled(5)(rule, begin, one).loss for one in (objective, FinalLoss())))
+    True
     """
 
     def __init__(self, teacher: Rule, weight: float = 1.0, objective: Objective | str = "sum") -> None:
@@ -250,7 +257,10 @@ class PerReplica(Objective):
 
     Args:
         objective: an object or its short name.
-        replicas: how many.
+        replicas: how many, :math:`R`: the value is :math:`R\\,L`.
+
+    >>> PerReplica("sum", 3).replicas
+    3
     """
 
     def __init__(self, objective: Objective | str, replicas: int) -> None:

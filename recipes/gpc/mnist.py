@@ -9,18 +9,15 @@ on AdamW; options of the baselines and of GPC on AdamW are chosen on seed 1000, 
 
 from __future__ import annotations
 
-import argparse
 import csv
 import statistics
 import time
-import warnings
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from on_digits import BASELINES, LAST, TUNING, Problem, Record, Table, controlled, plain, summary
+from on_digits import BASELINES, LAST, TUNING, Record, Table, command, controlled, plain, summary
 
 CONTROLLED: dict[str, list[dict[str, Any]]] = {
     "GPC": [{"meta_lr": 1e-4}, {"meta_lr": 1e-3}],
@@ -133,21 +130,12 @@ def _draw(folder: Path, groups: dict[tuple[str, str], dict[int, list[tuple[float
 
 def main(arguments: list[str] | None = None) -> None:
     """All of it."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("outputs/gpc_mnist"))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--episodes", type=int, default=7)
-    parser.add_argument("--long", type=int, default=16, help="episodes of GPC with the paper's options on the first seed")
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--small", action="store_true", help="a fifth of the work")
-    parser.add_argument("--tables", action="store_true", help="only from what is there")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    Problem.small = options.small
-    if not options.tables:
-        study(options.folder, options.seeds, options.episodes, options.long, options.steps)
-    tables(options.folder)
+    numbers = {
+        "episodes": (7, ""),
+        "long": (16, "episodes with the paper's options on the first seed"),
+        "steps": (500, "of an episode"),
+    }
+    command(arguments, __doc__, "outputs/gpc_mnist", study, tables, range(3), numbers, small=False)
 
 
 if __name__ == "__main__":

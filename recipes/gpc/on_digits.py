@@ -7,10 +7,12 @@ a seed from the same weights.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import statistics
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -163,3 +165,33 @@ class Table:
         with self.path.open("a", newline="") as file:
             csv.writer(file).writerow(cells)
         print(*cells, flush=True)
+
+
+def command(
+    arguments: list[str] | None,
+    text: str,
+    folder: str,
+    study: Callable[..., None],
+    tables: Callable[[Path], None],
+    seeds: Sequence[int],
+    numbers: dict[str, tuple[int, str]],
+    small: bool = True,
+) -> None:
+    """A script: ``study(folder, seeds, **numbers)``, unless only ``tables(folder)`` are asked for.
+
+    ``numbers`` are defaults and their help; ``small``: episodes are the small ones, without being asked.
+    """
+    parser = argparse.ArgumentParser(description=text.split("\n", maxsplit=1)[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=Path(folder))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(seeds))
+    for name, (default, words) in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=words)
+    parser.add_argument("--small", action="store_true", default=small, help="a fifth of the work")
+    parser.add_argument("--tables", action="store_true", help="only from what is there")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    Problem.small = options.small
+    if not options.tables:
+        study(options.folder, options.seeds, **{name: getattr(options, name) for name in numbers})
+    tables(options.folder)

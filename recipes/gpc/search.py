@@ -11,18 +11,15 @@ episodes, with as many configurations as GPC has.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import itertools
 import math
 import statistics
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from on_digits import TUNING, Problem, Table, controlled, plain, summary
+from on_digits import TUNING, Table, command, controlled, plain, summary
 
 EPISODES, JUDGED = 16, 4  # how many, and how many of the last are judged
 GRID: list[dict[str, Any]] = [
@@ -126,20 +123,8 @@ def _draw(folder: Path, curves: dict[str, dict[int, list[float]]]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """All of it."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("outputs/gpc_search"))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--episodes", type=int, default=EPISODES)
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--count", type=int, default=len(GRID), help="how many configurations of each method")
-    parser.add_argument("--tables", action="store_true", help="only from what is there")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    Problem.small = True
-    if not options.tables:
-        study(options.folder, options.seeds, options.episodes, options.steps, options.count)
-    tables(options.folder)
+    numbers = {"episodes": (EPISODES, ""), "steps": (500, "of an episode"), "count": (len(GRID), "configurations of each method")}
+    command(arguments, __doc__, "outputs/gpc_search", study, tables, range(5), numbers)
 
 
 if __name__ == "__main__":

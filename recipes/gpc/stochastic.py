@@ -12,18 +12,16 @@ AdamW have four options each, chosen on seed 1000 by the mean loss over those 1,
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 import statistics
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from on_digits import TUNING, Problem
+from on_digits import TUNING, Problem, command
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -191,20 +189,8 @@ def _draw(folder: Path, found: dict[str, dict[int, list[tuple[float, float]]]]) 
 
 def main(arguments: list[str] | None = None) -> None:
     """All of it."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("outputs/gpc_stochastic"))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--episodes", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=400, help="of an episode")
-    parser.add_argument("--long", type=int, default=1200, help="steps on minibatches with what was learned")
-    parser.add_argument("--tables", action="store_true", help="only from what is there")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    Problem.small = True
-    if not options.tables:
-        study(options.folder, options.seeds, options.episodes, options.steps, options.long)
-    tables(options.folder)
+    numbers = {"episodes": (8, ""), "steps": (400, "of an episode"), "long": (1200, "steps on minibatches with what was learned")}
+    command(arguments, __doc__, "outputs/gpc_stochastic", study, tables, range(3), numbers)
 
 
 if __name__ == "__main__":

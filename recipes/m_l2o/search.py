@@ -4,7 +4,7 @@
 
 Each variant is meta-trained plainly (Transfer Learning, or Direct Transfer if it does not adapt) and for adaptation (M-L2O), on
 the same problems for as many windows; each of the rules then adapts to sigma = 100 and 200 in every way that is listed. Tuning
-seeds only: meta-seed 1000 and run 1000. What was found is tried on other seeds by variant.py.
+seeds only: meta-seed 1000 and run 1000. One variant is tried on other seeds by variant.py.
 """
 
 from __future__ import annotations

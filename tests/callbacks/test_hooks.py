@@ -137,10 +137,8 @@ def test_two_optimizers_by_hand_in_both_packages(package: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*does not have a `.*dataloader`", "ignore:.*log_every_n_steps", "ignore:Swapping scheduler")
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
-@pytest.mark.parametrize("name", ["finder", "SWA", "EMA", "averages"])
+@pytest.mark.parametrize("name", ["finder", "SWA", "averages", *(["EMA"] if hasattr(of_lightning, "EMAWeightAveraging") else [])])
 def test_beside_other_callbacks(name: str, first: bool, tmp_path: Any) -> None:
-    if name == "EMA" and not hasattr(of_lightning, "EMAWeightAveraging"):
-        pytest.skip("Lightning has it from 2.6 on")
     make = {
         "finder": lambda: LearningRateFinder(num_training_steps=8, min_lr=1e-3, max_lr=0.3),
         "SWA": lambda: StochasticWeightAveraging(0.02, swa_epoch_start=1, annealing_epochs=1),

@@ -1,6 +1,7 @@
 """The episodes on digits in small: every method starts an episode from the same weights, and the tables are written."""
 
 import csv
+import sys
 import warnings
 
 import pytest
@@ -14,8 +15,13 @@ pytest.importorskip("dog", reason="the extra baselines is not installed")
 @pytest.fixture
 def recipe(monkeypatch):
     found = load_script("gpc/mnist.py")
-    monkeypatch.setattr(found.Problem, "small", True)
+    monkeypatch.setattr(shared().Problem, "small", True)
     return found
+
+
+def shared():
+    """What the script has imported from beside it."""
+    return sys.modules["on_digits"]
 
 
 def test_a_run_in_small(recipe, tmp_path, monkeypatch, capsys):
@@ -41,7 +47,7 @@ def test_a_run_in_small(recipe, tmp_path, monkeypatch, capsys):
 
 
 def test_all_methods_start_from_the_same_weights(recipe):
-    one, other = recipe.Problem(3, "GPC", {"lr": 0.1}), recipe.Problem(3, "AdamW", {"lr": 0.1})
+    one, other = (shared().Problem(3, name, {"lr": 0.1}) for name in ("GPC", "AdamW"))
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
     assert torch.equal(one.batch[0], other.batch[0])
     first = [p.detach().clone() for p in one.parameters()]
