@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ from lightning_metaopt.callbacks.families import has_momentum
 __all__ = ["Move", "StepEngine"]
 
 
-@dataclass(frozen=True)
-class Move:
+class Move(NamedTuple):
     """What one step of the base optimizer did to one parameter.
 
     Attributes:
@@ -75,6 +74,10 @@ class StepEngine(ABC):
         """Whether :meth:`adjust` looks at ``Move.old``; if not, that is the parameter itself."""
         return True
 
+    def copy(self) -> bool:
+        """Copy the parameters in a quicker way than one by one, where nothing has changed since the last step; else ``False``."""
+        return False
+
     @abstractmethod
     def adjust(self, moves: list[Move]) -> None:
         """Change the parameters after a step (without gradients being recorded, outside of autocast)."""
@@ -103,7 +106,10 @@ class StepEngine(ABC):
     def _before(self, optimizer: Optimizer, *_: Any) -> None:
         if not self.active:
             return
-        self._stepping, compares = True, self.compares
+        self._stepping = True
+        if self.copy():
+            return
+        compares = self.compares
         for param in self.params():
             old = self._old.get(param)
             if is_lazy(param) or not param.requires_grad:
@@ -125,16 +131,19 @@ class StepEngine(ABC):
             lr, momentum = float(group.get("lr", 1.0)), has_momentum(group)
             base = float(group.get("max_lr", group.get("initial_lr", self._base.setdefault(number, lr))))
             for param in group["params"]:
+                grad, old = param.grad, self._old.get(param)
                 # A lazy parameter has got its shape in this very step: its first update stays as it is.
-                if param.grad is None or param not in self._old:
+                if grad is None or old is None:
                     continue
-                if param.grad.layout != torch.strided:
+                if grad.layout != torch.strided:
                     raise RuntimeError(f"{type(self).__name__} needs dense gradients: use sparse=False in embeddings")
-                grad = -param.grad.detach() if group.get("maximize") else param.grad.detach()
-                moves.append(Move(param, self._old[param], grad, lr, base, momentum))
+                grad = -grad.detach() if group.get("maximize") else grad.detach()
+                moves.append(Move(param, old, grad, lr, base, momentum))
         if moves:
             self.steps += 1
-            with torch.autocast(moves[0].param.device.type, enabled=False):  # manual optimisation steps inside autocast
+            device = moves[0].param.device.type
+            # Manual optimisation steps inside autocast; entering another context costs what a whole tensor operation does.
+            with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
                 self.adjust(moves)
 
 

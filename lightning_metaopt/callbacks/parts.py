@@ -26,7 +26,7 @@ class Part:
     def __post_init__(self) -> None:
         first = self.moves[0]
         self.lr, self.base_lr, self.momentum = first.lr, first.base_lr, first.momentum
-        self.param = self.piece.row([move.param for move in self.moves])
+        self.param = self.piece.here()
         self.grad = self.piece.row([move.grad for move in self.moves])
 
 
@@ -41,16 +41,16 @@ class Parts:
     def __init__(self, scope: str) -> None:
         self.scope = scope
         self.pieces: dict[Tensor, Piece] = {}
-        # The moves of the last step by identity, and which of them are in which piece.
-        self._key: list[tuple[int, int]] = []
+        # Of the last step: the parameters of all groups, whether each was followed, and which of the moves are in which piece.
+        self._last: list[tuple[Tensor, bool]] = []
         self._arranged: list[tuple[Piece, list[int]]] = []
+        self._same = False  # whether this step began with the parameters of the last one
         self._olds: dict[Tensor, Tensor] = {}  # the snapshots, which the hooks fill
         self._waiting: dict[int, dict[str, Any]] = {}  # loaded, for parameters that are lazy or not there yet
 
     def arrange(self, moves: list[Move], groups: list[dict[str, Any]], olds: dict[Tensor, Tensor]) -> list[Part]:
         """The pieces that take part in a step. Their snapshots replace those in ``olds``, to be filled before the next steps."""
-        key = [(id(move.param), id(move.old)) for move in moves]
-        if key == self._key:
+        if self._same and len(moves) == sum(len(numbers) for _, numbers in self._arranged):
             found = [(piece, [moves[number] for number in numbers]) for piece, numbers in self._arranged]
             if all(_fits(piece, own) for piece, own in found):
                 return [Part(piece, own) for piece, own in found]
@@ -77,8 +77,27 @@ class Parts:
         grouped = self._grouped(moves)
         place_of = {move.param: number for number, move in enumerate(moves)}
         self._arranged = [(piece, [place_of[move.param] for move in own]) for piece, own in grouped.items()]
-        self._key = [(id(move.param), id(olds[move.param])) for move in moves]
+        self._last = [(param, param in place_of) for group in groups for param in group["params"]]
         return [Part(piece, own) for piece, own in grouped.items()]
+
+    def copy(self, groups: list[dict[str, Any]]) -> bool:
+        """Fill the snapshots of the last step's pieces, if the parameters are still the same; else ``False``.
+
+        So it is where one of them had no gradient in the last step, which may have one now.
+        """
+        self._same, last = False, iter(self._last)
+        for group in groups:
+            for param in group["params"]:
+                known = next(last, None)
+                if known is None or param is not known[0] or param.requires_grad != known[1]:
+                    return False
+        self._same = bool(self._last) and all(piece.copy() for piece, _ in self._arranged)
+        return self._same
+
+    def release(self) -> None:
+        """Let go of the parameters' memory; what was learned stays."""
+        for piece in self.pieces.values():
+            piece.release()
 
     def _grouped(self, moves: list[Move]) -> dict[Piece, list[Move]]:
         found: dict[Piece, list[Move]] = {}
@@ -134,7 +153,7 @@ class Parts:
 
     def load(self, states: list[dict[str, Any]], groups: list[dict[str, Any]], olds: dict[Tensor, Tensor]) -> None:
         """Continue from :meth:`states`; those of parameters that are lazy or not there yet wait for them."""
-        self.pieces, self._olds, self._key = {}, {}, []
+        self.pieces, self._olds, self._last = {}, {}, []
         self._waiting = {number: copied(saved) for number, saved in enumerate(states) if saved}
         params = [param for group in groups for param in group["params"]]
         known = [(param, torch.empty_like(param)) for param in params if not is_lazy(param)]
@@ -143,10 +162,8 @@ class Parts:
 
 def _fits(piece: Piece, moves: list[Move]) -> bool:
     # A group may have got another learning rate for a parameter that has moved into it, and some may have no gradient.
-    first = moves[0]
-    return len(moves) == len(piece.params) and all(
-        (move.lr, move.base_lr, move.momentum) == (first.lr, first.base_lr, first.momentum) for move in moves
-    )
+    rates = moves[0][3:]
+    return len(moves) == len(piece.params) and all(move[3:] == rates for move in moves)
 
 
 def copied(value: Any) -> Any:

@@ -53,9 +53,14 @@ class Piece(Factors):
         self.olds = [old if _is_dense(old) else old.contiguous() for old in self.olds]
         self.orders = [order_of(old) for old in self.olds]
         self.sizes = [old.numel() for old in self.olds]
+        self.size = sum(self.sizes)
         self.old = self.row(self.olds)
         if len(self.olds) > 1:
             self.olds = self.shaped(self.old)
+        self._views: list[Tensor] = []  # the parameters' memory in rows, and where it lies (None if a row is a copy)
+        self._pointers: list[int | None] = []
+        self._room: Tensor | None = None  # where several are put together, and its parts
+        self._parts: list[Tensor] = []
 
     def row(self, tensors: list[Tensor]) -> Tensor:
         """Tensors of the parameters' shapes in one row: a view of a single one wherever that is possible."""
@@ -75,12 +80,53 @@ class Piece(Factors):
                 found.append(part.view([old.shape[dim] for dim in order]).permute(inverse))
         return found
 
+    def here(self) -> Tensor:
+        """The parameters in one row, to be read; see :meth:`row`."""
+        for param, pointer in zip(self.params, self._pointers, strict=False):
+            if param.data_ptr() != pointer:  # somebody has set its `data`
+                self._views.clear()
+                break
+        if not self._views:
+            self._views = [_row(param, order) for param, order in zip(self.params, self.orders, strict=True)]
+            where = [(param.data_ptr(), view.data_ptr()) for param, view in zip(self.params, self._views, strict=True)]
+            self._pointers = [one if one == two else None for one, two in where]
+        if len(self._views) == 1:
+            return self._views[0]
+        if self._room is None:
+            self._room = torch.cat(self._views)
+            self._parts = list(self._room.split(self.sizes))
+        else:
+            torch.cat(self._views, out=self._room)
+        return self._room
+
+    def copy(self) -> bool:
+        """Fill the snapshot; ``False`` where parameters are no longer what they were in the last step."""
+        if not self._views:
+            return False
+        for param, old, pointer in zip(self.params, self.olds, self._pointers, strict=True):
+            if param.data_ptr() != pointer or param.shape != old.shape:
+                return False
+        if len(self._views) == 1:
+            self.old.copy_(self._views[0])
+        else:
+            torch.cat(self._views, out=self.old)
+        return True
+
     def put(self, row: Tensor) -> None:
-        """Write a row into the parameters, unless it is a view of the parameter."""
-        if len(self.params) == 1 and row.data_ptr() == self.params[0].data_ptr():
-            return
-        for param, values in zip(self.params, self.shaped(row), strict=True):
-            param.detach().copy_(values)
+        """Write what :meth:`here` gave, and has been changed, into the parameters."""
+        if row is not self._room:
+            if self._pointers[0] is None:
+                self.params[0].detach().copy_(self.shaped(row)[0])
+        elif None in self._pointers:
+            for param, values in zip(self.params, self.shaped(row), strict=True):
+                param.detach().copy_(values)
+        else:
+            for view, part in zip(self._views, self._parts, strict=True):
+                view.copy_(part)
+
+    def release(self) -> None:
+        """Let go of the parameters' memory."""
+        self._views, self._pointers, self._room, self._parts = [], [], None, []
 
     def direction(self) -> Tensor:
         """The row of the last direction; zeros if there is none."""
@@ -165,5 +211,4 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _row(tensor: Tensor, order: list[int] | None) -> Tensor:
-    tensor = tensor.detach()
-    return (tensor if order is None else tensor.permute(order)).reshape(-1)
+    return (tensor if order is None else tensor.permute(order)).detach().reshape(-1)

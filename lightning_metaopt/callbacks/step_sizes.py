@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_metaopt.callbacks.bootstrapped import Bootstrap
 from lightning_metaopt.callbacks.fused import Compile, Passes, length, numbers, squares
 from lightning_metaopt.callbacks.hooks import Move, StepEngine
+from lightning_metaopt.callbacks.logs import cosine, quantiles
 from lightning_metaopt.callbacks.parts import Part, Parts, copied
 from lightning_metaopt.callbacks.pieces import Factors, Piece, precise
 from lightning_metaopt.metastep import Hint, StepSizeUpdate
@@ -62,6 +63,15 @@ class StepSizes(StepEngine):
         self._logged = (0, 0)  # steps and clipped steps when last logged
         self._warned = False
 
+    def copy(self) -> bool:
+        """See :class:`StepEngine`."""
+        return self._parts.copy(self.optimizer.param_groups)
+
+    def detach(self) -> None:
+        """See :class:`StepEngine`."""
+        super().detach()
+        self._parts.release()
+
     def adjust(self, moves: list[Move]) -> None:
         """One meta-step, and the base optimizer's step with the new factors."""
         moments = [] if self.bootstrap is None else self.bootstrap.take()
@@ -75,7 +85,7 @@ class StepSizes(StepEngine):
         if lengths is None:  # what the base optimizer did stays
             self._skip(parts)
             return
-        shorten = self._shorten(*lengths, sum(move.param.numel() for move in moves))
+        shorten = self._shorten(*lengths, sum(part.piece.size for part in parts))
         if shorten < 1:
             self.clipped += 1
             for part in parts:
@@ -90,7 +100,7 @@ class StepSizes(StepEngine):
         if not all(math.isfinite(value) for row in numbers([self._passes.check(part) for part in parts]) for value in row):
             return False
         if self.watched:
-            self._measure(numbers([self._passes.angle(part) for part in parts if part.piece.past is not None]))
+            self.cosine = cosine(numbers([self._passes.angle(part) for part in parts if part.piece.past is not None]))
         return True
 
     def _pull(self, parts: list[Part], moments: list[Moment]) -> bool:
@@ -137,7 +147,7 @@ class StepSizes(StepEngine):
             return None
         which = [number for number, yes in enumerate(learned) if yes]
         if self.watched and self.bootstrap is None:
-            self._measure([rows[number] for number in which])
+            self.cosine = cosine([rows[number] for number in which])
         if which and learn:
             self._learn([parts[number] for number in which], [sums[number] for number in which])
         for part in parts:
@@ -223,8 +233,7 @@ class StepSizes(StepEngine):
         for part in parts:
             part.piece.forget()
         self._shared.slots.pop("hint", None)
-        self.skipped += 1
-        self.cosine = None
+        self.skipped, self.cosine = self.skipped + 1, None
         if not self._warned:
             self._warned = True
             warnings.warn(
@@ -233,10 +242,6 @@ class StepSizes(StepEngine):
                 UserWarning,
                 stacklevel=2,
             )
-
-    def _measure(self, rows: list[list[float]]) -> None:
-        square, last, dot = (math.fsum(row[number] for row in rows) for number in range(3))
-        self.cosine = dot / math.sqrt(square) / math.sqrt(last) if square > 0 and last > 0 else None
 
     def factors(self) -> dict[Tensor, Tensor]:
         """The factors by parameter: of its shape, or a number for the other scopes. Left out while still 1."""
@@ -250,7 +255,7 @@ class StepSizes(StepEngine):
     def metrics(self, names: dict[Tensor, str]) -> dict[str, float]:
         """Quantiles of the factors, the cosine of gradient and last direction, shares of shortened and skipped steps."""
         steps, clipped = self.steps - self._logged[0], self.clipped - self._logged[1]
-        self._logged = (self.steps, self.clipped)
+        self._logged = self.steps, self.clipped
         found = {"skipped": float(self.skipped)}
         if self.trust is not None and steps:
             found["clip_rate"] = clipped / steps
@@ -264,22 +269,19 @@ class StepSizes(StepEngine):
             if self.scope == "tensor":
                 found[f"factor/{name}"] = float(factor)
                 continue
-            few = factor.flatten()[:: max(1, factor.numel() // 10_000)].float()
-            levels = torch.quantile(few, few.new_tensor([0.1, 0.5, 0.9])).tolist()
-            found |= {f"factor/{name}/q{level}": value for level, value in zip((10, 50, 90), levels, strict=True)}
+            found |= {f"factor/{name}/{level}": value for level, value in quantiles(factor).items()}
         return found
 
     def _identity(self) -> dict[str, Any]:
-        hint = None if self.hint is None else [self.hint.of, self.hint.corrected]
-        target = None if self.bootstrap is None else self.bootstrap.options
+        hint, target = self.hint and [self.hint.of, self.hint.corrected], self.bootstrap and self.bootstrap.options
         return {"update": type(self.update).__name__, "scope": self.scope, "hint": hint, "target": target}
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`StepEngine`."""
         counts = {"steps": self.steps, "clipped": self.clipped, "skipped": self.skipped, "logged": list(self._logged)}
         shared = copied({"slots": self._shared.slots, "count": self._shared.count})
-        tensors = self._parts.states(self.params())
-        return {"format": 1, **self._identity(), **counts, "base": dict(self._base), "shared": shared, "tensors": tensors}
+        state = {"base": dict(self._base), "shared": shared, "tensors": self._parts.states(self.params())}
+        return {"format": 1, **self._identity(), **counts, **state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See :class:`StepEngine`."""

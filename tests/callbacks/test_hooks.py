@@ -11,7 +11,7 @@ from lightning.pytorch import callbacks as of_lightning
 from lightning.pytorch.callbacks import Callback, LearningRateFinder, StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from step_cases import PACKAGES, Probe, ProbeCallback, fit, flat, gan, lazy, module, sgd
+from step_cases import PACKAGES, ProbeCallback, fit, flat, gan, lazy, module, sgd
 from torch import Tensor, nn
 
 import lightning_metaopt as lmo
@@ -259,41 +259,3 @@ def test_steps_before_training_are_not_followed() -> None:
     callback = ProbeCallback()
     fit(module(sgd()), callback, Early())
     assert callback.engines[0].steps == 12
-
-
-def test_base_rates_and_the_sign_of_optimizers_that_maximise() -> None:
-    param = nn.Parameter(torch.zeros(2))
-    optimizer = torch.optim.SGD([param], 0.2, maximize=True)
-    Lr.LambdaLR(optimizer, lambda step: 0.5)
-    probe = Probe(optimizer)
-    probe.attach()
-    param.grad = torch.ones(2)
-    optimizer.step()
-    ((move,),) = probe.seen
-    assert (move.lr, move.base_lr) == (0.1, 0.2)
-    assert move.grad.tolist() == [-1, -1]
-    assert move.param.tolist() == pytest.approx([0.1, 0.1])
-
-
-class Derived(torch.optim.SGD):
-    """An optimizer that takes its parent's step: torch calls the hooks of both."""
-
-    def step(self, closure: Any = None) -> Any:
-        return super().step(closure)
-
-
-def test_a_step_within_a_step_is_followed_once():
-    torch.optim.SGD([nn.Parameter(torch.zeros(1))])  # torch wraps the parent's step when the first of them is made
-    ends = []
-    for kind in (torch.optim.SGD, Derived):
-        x = nn.Parameter(torch.tensor([1.0]))
-        optimizer = kind([x], lr=0.1)
-        engine = OptimisticMetaGrad.attach(optimizer)
-        for _ in range(5):
-            optimizer.zero_grad()
-            (x.square().sum() / 2).backward()
-            optimizer.step()
-        assert engine.steps == 5
-        ends.append(x.detach().clone())
-    assert torch.equal(*ends)
-    assert not torch.equal(ends[0], torch.tensor([0.9**5]))

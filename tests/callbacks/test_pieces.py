@@ -109,6 +109,12 @@ def test_another_type_and_another_shape() -> None:
         step(optimizer, params, number)
     assert all(torch.isfinite(param).all() for param in params)
     assert engine.factors()[params[4]].shape == (7,)
+    params[4].grad, params[4].data = None, params[4].data[:5]  # in the same memory
+    for number in range(8, 11):
+        kept = params[4].detach().clone()
+        step(optimizer, params, number)
+        assert not torch.equal(params[4], kept)
+    assert engine.factors()[params[4]].shape == (5,)
 
 
 @pytest.mark.parametrize("scope", ["element", "optimizer"])
@@ -182,3 +188,65 @@ class Gather(Callback):
 def test_processes_learn_the_same(make: Any) -> None:
     """On other batches: gradients are averaged before the step."""
     fit(module(sgd()), make(), Gather(), devices=2, strategy="ddp_fork", max_epochs=2)
+
+
+class Rebinds(torch.optim.Optimizer):
+    """An optimizer that puts new tensors into its parameters, as some do, with memory laid out in another way now and then."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr, "momentum": 0})
+        self.count = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.count += 1
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    new = param - group["lr"] * param.grad
+                    turned = self.count % 3 == 0 and new.dim() == 2
+                    param.data = new.t().contiguous().t() if turned else new
+
+
+@pytest.mark.parametrize("scope", ["element", "tensor", "optimizer"])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, Rebinds])
+def test_what_happens_to_parameters_between_steps(kind: Any, scope: Any) -> None:
+    """New memory, a frozen one, other groups, and a pause: the copies and rows that are kept must not be those of before."""
+    one, other = parameters(), parameters()
+    first, second = kind(one, lr=0.1), kind(other, lr=0.1)
+    Plain(first, scope, log=True, rate=0.2, kappa=0.5, corrected=False, trust=0.15).attach()
+    engine = OptimisticMetaGrad.attach(second, scope=scope)
+    for number in range(100):
+        for params, optimizer in ((one, first), (other, second)):
+            if number % 7 == 3:
+                params[number % 5].data = params[number % 5].data.clone() + 0.01
+            if number % 11 == 5:
+                params[1].requires_grad_(number % 2 == 0)
+            if number == 50:
+                optimizer.add_param_group({"params": [optimizer.param_groups[0]["params"].pop(2)], "lr": 0.03})
+            missing = missing_in(number) if params[1].requires_grad else (1,)
+            step(optimizer, params, number, missing)
+        if number == 70:
+            engine.detach()
+            engine.attach()
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_nothing_is_copied_one_by_one_once_all_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters()
+    optimizer = torch.optim.SGD(params, 0.1)
+    engine = OptimisticMetaGrad.attach(optimizer)
+    quick: list[bool] = []
+    copy_all = engine.copy
+
+    def counted() -> bool:
+        quick.append(copy_all())
+        return quick[-1]
+
+    monkeypatch.setattr(engine, "copy", counted)
+    for number in range(6):
+        if number == 3:
+            params[0].data = params[0].data.clone()
+        step(optimizer, params, number)
+    assert quick == [False, True, True, False, True, True]
