@@ -67,7 +67,11 @@ def test_every_recipe_can_run(path):
     text = path.read_text(encoding="utf-8")
     elsewhere = ("paper_images", "ILSVRC", "mnist_10k", "opencv_digits", "ding_en_de", "wmt")  # data that are not here
     far_away = any(name in text for name in elsewhere)
-    recipe = load_recipe([str(path)], text_only=far_away)
+    # A recipe that is laid over another one says in its first lines how both are run.
+    together = re.search(r"^#\s+lightning-metaopt run ((?:recipes/\S+\.yaml ){2,})", text, flags=re.M)
+    files = [str(ROOT / name) for name in together.group(1).split()] if together else [str(path)]
+    assert str(path) in files
+    recipe = load_recipe(files, text_only=far_away)
     assert len(recipe.seeds) * len(recipe.problems) >= (3 if far_away else 5)
     ordinary = [method for method in recipe.methods.values() if method.train is None]
     assert ordinary
