@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from lightning_metaopt.callbacks.hooks import Move
+from lightning_metaopt.callbacks.pieces import precise
 from lightning_metaopt.online.target import Mu, check_target, pull_of_target
 from lightning_metaopt.recording import Moment
 from lightning_metaopt.replay import Replay
@@ -36,15 +37,26 @@ class Bootstrap:
     random numbers: the step whose factors are judged, from :math:`x_{t-1}` to :math:`x_t`, has not seen that batch, and the one
     after it is not known yet.
 
+    For :math:`\\mu = \\tfrac12\\|\\cdot\\|^2` the pull is a gradient and the way to it, :math:`\\eta\\nabla f(y_K) + h_t` with
+    :math:`h_t = x_t - y_K`. In Algorithm 3 of the paper these :math:`h_t` add up, as hints do without error correction. With
+    momentum they are mostly steps that follow from the last one in any case, and every factor grows until training breaks down.
+    ``corrected`` takes the last one off again, :math:`\\eta\\nabla f(y_K) + h_t - h_{t-1}`, as AO-FTRL does. (The correction of
+    Theorem 3 takes off :math:`\\nabla f(y_K) - g_t` of the last step as well; it is worse, see ``recipes/optimistic/README.md``.)
+
     Args:
         lookahead: :math:`K`; so many gradients are computed more in each step, and one more yet for ``mu="loss"``.
         target_lr: :math:`\\eta`, the last step to the target (the paper takes 1).
         mu: ``"euclidean"`` for :math:`\\mu = \\tfrac12\\|\\cdot\\|^2`, ``"loss"`` for :math:`\\mu = f`.
+        corrected: whether :math:`h_{t-1}` is taken off again; ``None`` for base optimizers with momentum only. For ``"euclidean"``.
     """
 
-    def __init__(self, lookahead: int = 1, target_lr: float = 1.0, mu: Mu = "euclidean") -> None:
+    def __init__(self, lookahead: int = 1, target_lr: float = 1.0, mu: Mu = "euclidean", corrected: bool | None = False) -> None:
         check_target(lookahead, mu)
+        if corrected and mu == "loss":
+            raise ValueError("corrected=True is for mu='euclidean': with mu='loss' there is nothing of the steps ahead in the pull")
         self.options: dict[str, Any] = {"lookahead": lookahead, "target_lr": target_lr, "mu": mu}
+        self.corrected = corrected
+        self.hints: dict[Tensor, Tensor] = {}  # h of the last step
         self.moments: list[Moment] = []
         self.replay: Replay | None = None
         self._clip: Callable[[Optimizer], None] | None = None
@@ -89,22 +101,20 @@ class Bootstrap:
         self,
         optimizer: Optimizer,
         moves: list[Move],
-        directions: list[Tensor],
         factors: list[Tensor | None],
-        grads: list[Tensor],
         moments: list[Moment],
         shorten: Shorten,
+        learning: list[bool],
     ) -> list[Tensor] | None:
         """The pull for each parameter, or ``None`` if it is not finite.
 
         Args:
             optimizer: the base optimizer, after its step.
             moves: what it did.
-            directions: :math:`P_t`.
             factors: :math:`w_t`; ``None`` for 1.
-            grads: :math:`g_t`.
-            moments: the batches that they come from.
+            moments: the batches that the gradients come from.
             shorten: from a point and a step to the fraction of it that is taken.
+            learning: which of the factors are going to follow their pull.
 
         Raises:
             RuntimeError: if no batch has been recorded.
@@ -117,10 +127,17 @@ class Bootstrap:
             )
         keys = self._names(move.param for move in moves)
         by_name = dict(zip(keys, moves, strict=True))
+        start = {key: precise(move.old) for key, move in zip(keys, moves, strict=True)}
+        slopes = {key: precise(move.grad) for key, move in zip(keys, moves, strict=True)}
         signs = {id(param): -1 if group.get("maximize") else 1 for group in optimizer.param_groups for param in group["params"]}
-        taken: list[Tensor] | None = [direction * -move.lr for move, direction in zip(moves, directions, strict=True)]
+        # As the factors see it: of a group whose learning rate is 0 nothing moves.
+        taken: list[Tensor] | None = [
+            precise(move.param.detach()) - start[key] if move.lr else torch.zeros_like(start[key])
+            for move, key in zip(moves, keys, strict=True)
+        ]
         twin: Optimizer | None = None
         pairs: list[tuple[Tensor, Tensor]] = []
+        reached: Tree = {}
 
         def advance(point: Tree, slopes: Tree) -> Tree:
             nonlocal taken, twin, pairs
@@ -138,7 +155,8 @@ class Bootstrap:
                 steps = [(own.detach() - old).to(point[key]) for (own, _), old, key in zip(pairs, before, keys, strict=True)]
             changes = [step if w is None else step * w.to(step) for step, w in zip(steps, factors, strict=True)]
             share = shorten(list(point.values()), changes)
-            return {key: point[key].add(change, alpha=share) for key, change in zip(keys, changes, strict=True)}
+            reached.update({key: point[key].add(change, alpha=share) for key, change in zip(keys, changes, strict=True)})
+            return dict(reached)
 
         def gradient(point: Tree) -> Tree:
             assert self.replay is not None
@@ -147,11 +165,16 @@ class Bootstrap:
             self._clipped(at, found)
             return {key: (found[key] * signs[id(by_name[key].param)]).to(leaf) for key, leaf in point.items()}
 
-        start = {key: move.old.to(direction) for key, move, direction in zip(keys, moves, directions, strict=True)}
-        slopes = dict(zip(keys, grads, strict=True))
         found, _ = pull_of_target(start, slopes, advance, gradient, **self.options)
+        last, self.hints = self.hints, {}
         if all(bool(torch.isfinite(value).all()) for value in found.values()):
-            return [found[key] for key in keys]
+            pulls = [found[key] for key in keys]
+            for number, (move, key) in enumerate(zip(moves, keys, strict=True)):
+                if learning[number] and self._corrects(move):
+                    self.hints[move.param] = start[key] - reached[key]
+                    if move.param in last:
+                        pulls[number] = pulls[number] - last[move.param]
+            return pulls
         if not self._warned:
             self._warned = True
             warnings.warn(
@@ -161,6 +184,23 @@ class Bootstrap:
                 stacklevel=2,
             )
         return None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a saved state belongs to."""
+        return {**self.options, "corrected": self.corrected}
+
+    def state(self, params: list[Tensor]) -> list[Tensor | None]:
+        """Copies of what the next step takes off, parameter by parameter."""
+        return [self.hints[param].clone() if param in self.hints else None for param in params]
+
+    def load(self, state: list[Tensor | None], params: list[Tensor]) -> None:
+        """Continue from :meth:`state`."""
+        pairs = zip(params, state, strict=True)
+        self.hints = {param: hint.to(param.device, copy=True) for param, hint in pairs if hint is not None}
+
+    def _corrects(self, move: Move) -> bool:
+        return self.options["mu"] == "euclidean" and (move.momentum if self.corrected is None else self.corrected)
 
     def _names(self, params: Iterable[Tensor]) -> list[str]:
         assert self.replay is not None

@@ -53,6 +53,8 @@ class OptimisticMetaGrad(DrawnStepCallback):
         lookahead: for ``"bootstrapped"``, the steps :math:`K` between the parameters and their target.
         target_lr: for ``"bootstrapped"``, :math:`\\eta`, the last step to the target, along the gradient.
         mu: for ``"bootstrapped"``, ``"euclidean"`` to come closer to the target, ``"loss"`` to have the same loss there.
+        corrected: for ``"bootstrapped"``, whether the steps ahead of the last target are taken off again. By default with ``"log"``
+            and momentum, where factors would grow without end, and not otherwise.
         optimizer_index: which of several optimizers to follow; ``None`` for all, each with factors of its own.
         log: log quantiles of the factors (or the factors), ``cosine`` of gradient and last direction, ``clip_rate``.
         draw: file for a picture of what was logged, see :class:`~lightning_metaopt.callbacks.drawing.DrawnStepCallback`.
@@ -99,6 +101,7 @@ class OptimisticMetaGrad(DrawnStepCallback):
         lookahead: int = 1,
         target_lr: float = 1.0,
         mu: Mu = "euclidean",
+        corrected: bool | None = None,
         optimizer_index: int | None = None,
         log: bool = True,
         draw: str | os.PathLike[str] | None = None,
@@ -123,7 +126,8 @@ class OptimisticMetaGrad(DrawnStepCallback):
         usual = Hint(scale=0.5, corrected=None, fade=fade) if update == "log" else Hint()
         self.hint = hint or usual if mode == "optimistic" else None
         self.bootstrapped = mode == "bootstrapped"
-        self.target: dict[str, Any] = {"lookahead": lookahead, "target_lr": target_lr, "mu": mu}
+        corrected = False if corrected is None and update == "raw" else corrected
+        self.target: dict[str, Any] = {"lookahead": lookahead, "target_lr": target_lr, "mu": mu, "corrected": corrected}
         Bootstrap(**self.target)  # checks them
         self.trust = None if trust == "default" and update == "raw" else trust
         if self.trust is not None and self.trust != "default" and not self.trust > 0:

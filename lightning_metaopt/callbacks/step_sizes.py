@@ -54,14 +54,12 @@ class StepSizes(StepEngine):
     ) -> None:
         super().__init__(optimizer)
         self.update, self.scope, self.hint, self.trust, self.bootstrap = update, scope, hint, trust, bootstrap
-        self.clipped = 0
-        self.skipped = 0
+        self.clipped, self.skipped = 0, 0
         self.cosine: float | None = None
         self._passes = Passes(update, hint, compile, sum(0 if is_lazy(param) else param.numel() for param in self.params()))
         self._parts = Parts(scope)
         self._shared = Factors()  # of scope "optimizer"
-        self._logged = (0, 0)  # steps and clipped steps when last logged
-        self._warned = False
+        self._warned, self._logged = False, (0, 0)  # steps and clipped steps when last logged
 
     def copy(self) -> bool:
         """See :class:`StepEngine`."""
@@ -107,20 +105,16 @@ class StepSizes(StepEngine):
         """Put what the target says in the place of the gradients; whether there is something to learn from."""
         if self.bootstrap is None or all(part.piece.past is None for part in parts):
             return True
-        moves = [move for part in parts for move in part.moves]
-        grads = [precise(move.grad) for move in moves]
-        directions = [
-            (precise(move.old) - precise(move.param.detach())) / move.lr if move.lr else torch.zeros_like(grad)
-            for move, grad in zip(moves, grads, strict=True)
-        ]
-        known = self.factors()
+        moves, known = [move for part in parts for move in part.moves], self.factors()
         factors = [known.get(move.param) for move in moves]
-        pulls = self.bootstrap.pull(self.optimizer, moves, directions, factors, grads, moments, self._share)
-        self.skipped += pulls is None
-        for part in parts if pulls is not None else []:
-            assert pulls is not None
+        learning = [part.piece.past is not None and bool(part.lr) for part in parts for _ in part.moves]
+        pulls = self.bootstrap.pull(self.optimizer, moves, factors, moments, self._share, learning)
+        if pulls is None:
+            self.skipped += 1
+            return False
+        for part in parts:
             part.grad = part.piece.row([pulls.pop(0) for _ in part.moves])
-        return pulls is not None
+        return True
 
     # A factor for each number ---------------------------------------------------------------------------------------------
     def _by_element(self, parts: list[Part], learn: bool) -> tuple[float, float]:
@@ -233,6 +227,8 @@ class StepSizes(StepEngine):
         for part in parts:
             part.piece.forget()
         self._shared.slots.pop("hint", None)
+        if self.bootstrap is not None:
+            self.bootstrap.hints.clear()
         self.skipped, self.cosine = self.skipped + 1, None
         if not self._warned:
             self._warned = True
@@ -273,7 +269,7 @@ class StepSizes(StepEngine):
         return found
 
     def _identity(self) -> dict[str, Any]:
-        hint, target = self.hint and [self.hint.of, self.hint.corrected], self.bootstrap and self.bootstrap.options
+        hint, target = self.hint and [self.hint.of, self.hint.corrected], self.bootstrap and self.bootstrap.identity
         return {"update": type(self.update).__name__, "scope": self.scope, "hint": hint, "target": target}
 
     def state_dict(self) -> dict[str, Any]:
@@ -281,6 +277,8 @@ class StepSizes(StepEngine):
         counts = {"steps": self.steps, "clipped": self.clipped, "skipped": self.skipped, "logged": list(self._logged)}
         shared = copied({"slots": self._shared.slots, "count": self._shared.count})
         state = {"base": dict(self._base), "shared": shared, "tensors": self._parts.states(self.params())}
+        if self.bootstrap is not None:
+            state["hints"] = self.bootstrap.state(self.params())
         return {"format": 1, **self._identity(), **counts, **state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -298,3 +296,5 @@ class StepSizes(StepEngine):
         slots = {name: value.to(first.device) for name, value in copied(shared.get("slots", {})).items()}
         self._shared = Factors(slots, shared.get("count", 0))
         self._parts.load(state_dict["tensors"], self.optimizer.param_groups, self._old)
+        if self.bootstrap is not None:
+            self.bootstrap.load(state_dict["hints"], self.params())

@@ -37,7 +37,8 @@ def slope(batch: Any, x: list[float]) -> list[float]:
 
 
 def clip(change: list[float], x: list[float], trust: float) -> float:
-    return min(1.0, trust * math.sqrt(sum(v * v for v in x)) / math.sqrt(sum(v * v for v in change)))
+    length = math.sqrt(sum(v * v for v in change))
+    return min(1.0, trust * math.sqrt(sum(v * v for v in x)) / length) if length else 1.0
 
 
 def twin(
@@ -49,12 +50,13 @@ def twin(
     lr: float = 0.1,
     beta: float = 0.0,
     rate: float = 0.01,
+    corrected: bool = False,
 ) -> tuple[list[float], list[float]]:
     parts = {"element": [[i] for i in range(N)], "tensor": [[0, 1], [2, 3]], "optimizer": [list(range(N))]}[scope]
     raw = update == "raw"
     trust = math.inf if raw else 0.1
     x, w = [1.0, -0.5, 0.8, 1.2], [1.0] * N
-    velocity, past = [0.0] * N, None
+    velocity, past, hint = [0.0] * N, None, [0.0] * N
     m, s, count = [0.0] * len(parts), [0.0] * len(parts), 0
     for batch in minibatches():
         g = slope(batch, x)
@@ -72,6 +74,9 @@ def twin(
                     ahead = memory
             z = [yi - eta * gi for yi, gi in zip(y, at, strict=True)]
             pull = [a - b for a, b in zip(x, z, strict=True)]
+            if corrected:
+                pull = [a - b for a, b in zip(pull, hint, strict=True)]
+                hint = [a - b for a, b in zip(x, y, strict=True)]
             if mu == "loss":
                 pull = [a - b for a, b in zip(g, slope(batch, z), strict=True)]
             count += 1
@@ -106,11 +111,14 @@ def test_a_plain_loop(update: Any, lookahead: int, mu: Any) -> None:
 
 @pytest.mark.parametrize("scope", ["tensor", "optimizer"])
 @pytest.mark.parametrize("update", ["raw", "log"])
-def test_momentum_and_other_scopes(update: Any, scope: Any) -> None:
-    """Steps ahead are the base optimizer's own, from its state."""
+@pytest.mark.parametrize("corrected", [None, True, False])
+def test_momentum_and_other_scopes(update: Any, scope: Any, corrected: bool | None) -> None:
+    """Steps ahead are the base optimizer's own, from its state; by default their hints do not add up, but for the paper's rule."""
     options: dict[str, Any] = {"lookahead": 3, "update": update, "meta_lr": 0.003, "fade": None, "scope": scope}
+    options["corrected"] = corrected
+    takes_off = update == "log" if corrected is None else corrected
     found = run(lambda p: torch.optim.SGD(p, 0.05, momentum=0.8), trust="default" if update == "raw" else 0.1, **options)
-    expected = twin(update, 3, "euclidean", scope, lr=0.05, beta=0.8, rate=0.003)
+    expected = twin(update, 3, "euclidean", scope, lr=0.05, beta=0.8, rate=0.003, corrected=takes_off)
     assert found[0] == pytest.approx(expected[0], rel=1e-8)
     assert found[1] == pytest.approx(expected[1], rel=1e-8)
     plain = twin(update, 3, "euclidean", scope, lr=0.05, beta=0.8, rate=0.0)
@@ -147,7 +155,7 @@ def test_as_a_hint_of_optimistic_learning() -> None:
 
     def pull(*args: Any) -> Any:
         found = original(*args)
-        seen.append([torch.cat([leaf.clone() for leaf in leaves]) for leaves in (found, args[4])])
+        seen.append([torch.cat([leaf.clone() for leaf in leaves]) for leaves in (found, [move.grad for move in args[1]])])
         return found
 
     engine.bootstrap.pull = pull

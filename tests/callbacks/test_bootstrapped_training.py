@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 from typing import Any
 
@@ -31,7 +32,8 @@ def test_steps_ahead_of_other_optimizers(name: str) -> None:
         return getattr(torch.optim, name)(params, 0.01)
 
     optimizer = make(net.parameters())
-    engine = OptimisticMetaGrad.attach(optimizer, Replay(net, net), mode="bootstrapped", lookahead=3, trust=None, meta_lr=1e-12)
+    options: dict[str, Any] = {"lookahead": 3, "trust": None, "meta_lr": 1e-12, "corrected": False}
+    engine = OptimisticMetaGrad.attach(optimizer, Replay(net, net), mode="bootstrapped", **options)
     pulls: list[Tensor] = []
     original = engine.bootstrap.pull
     engine.bootstrap.pull = lambda *args: pulls.append(torch.cat(original(*args))) or original(*args)
@@ -110,6 +112,44 @@ def test_targets_that_are_not_finite() -> None:
     assert all(bool(torch.isfinite(p).all()) for p in net.parameters())
 
 
+def test_a_corrected_run_is_resumed_exactly() -> None:
+    """What the next step takes off is part of the state; after a step that is skipped there is nothing to take off."""
+
+    def begin(net: Point) -> tuple[Any, Any]:
+        optimizer = torch.optim.Adam(net.parameters(), 0.05)
+        return optimizer, OptimisticMetaGrad.attach(optimizer, Replay(net, net), mode="bootstrapped")
+
+    def train(net: Point, optimizer: Any, engine: Any, batches: list[Any]) -> None:
+        for batch in batches:
+            engine.bootstrap.record(batch)
+            optimizer.zero_grad()
+            net(batch).backward()
+            optimizer.step()
+
+    net, again = Point(), Point()
+    optimizer, engine = begin(net)
+    train(net, optimizer, engine, minibatches(10))
+    file = io.BytesIO()
+    torch.save(engine.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    assert all(torch.is_tensor(hint) for hint in state["hints"])
+    other, resumed = begin(again)
+    again.load_state_dict(net.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    resumed.load_state_dict(state)
+    train(net, optimizer, engine, minibatches(10))
+    train(again, other, resumed, minibatches(10))
+    assert all(torch.equal(one, two) for one, two in zip(net.parameters(), again.parameters(), strict=True))
+    factors = [engine.factors()[param] for param in net.parameters()], [resumed.factors()[param] for param in again.parameters()]
+    assert all(torch.equal(one, two) for one, two in zip(*factors, strict=True))
+    net.first.grad = torch.full_like(net.first, math.nan)
+    engine.bootstrap.record(minibatches(1)[0])
+    with pytest.warns(UserWarning, match="not finite"):
+        optimizer.step()
+    assert engine.state_dict()["hints"] == [None, None]
+
+
 def test_what_is_refused() -> None:
     net = Point()
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
@@ -118,6 +158,7 @@ def test_what_is_refused() -> None:
     for options, message in (
         ({"lookahead": 0}, "lookahead must be at least 1"),
         ({"mu": "entropy"}, "mu must be 'euclidean' or 'loss'"),
+        ({"mu": "loss", "corrected": True}, "corrected=True is for mu='euclidean'"),
     ):
         with pytest.raises(ValueError, match=message):
             OptimisticMetaGrad(mode="bootstrapped", **options)
