@@ -72,7 +72,13 @@ def task_shift(first: Task, second: Task, points: Tree) -> TaskShift:
 
 
 def optimizer_gradient(rule: Rule, task: Task, metagrad: MetaGradient, objective: Objective) -> Tensor:
-    """:math:`\\nabla_\\phi\\hat g_T(\\phi)` on a task from its start, flat: what Proposition 1 and Equation 8 take distances of."""
+    """:math:`\\nabla_\\phi\\hat g_T(\\phi)` on a task from its start, flat: what Proposition 1 and Equation 8 take distances of.
+
+    >>> import lightning_metaopt as lmo
+    >>> rule, family = lmo.rules.GradientDescent(0.1), lmo.tasks.Lasso()
+    >>> optimizer_gradient(rule, family.draw(seed=0, size=2), lmo.Unrolled(3), lmo.objectives.LastLoss()).shape
+    torch.Size([1])
+    """
     estimate = metagrad(rule, start(rule, task), objective)
     return torch.cat([estimate.grads[name].flatten() for name, _ in rule.named_parameters()])
 

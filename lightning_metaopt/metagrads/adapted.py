@@ -68,6 +68,17 @@ class Adapted(MetaGradient):
     >>> estimate = metagrad(rule, lmo.episode.start(rule, family.draw(seed=0, size=4)), lmo.objectives.SumLoss())
     >>> estimate.episode.step
     5
+
+    The form that imitates deployment: the output scale alone adapts, on new problems, at every fourth estimate:
+
+    >>> rule = lmo.rules.RNNprop(hidden=4, learn_scale=True)
+    >>> metagrad = Adapted(
+    ...     lmo.Unrolled(5), lmo.rules.Adam(0.1), steps=3, windows="start", first_order=True, family=family, only=["log_scale"],
+    ...     every=4, advance="adapted",
+    ... )
+    >>> estimate = metagrad(rule, lmo.episode.start(rule, family.draw(seed=0, size=4)), lmo.objectives.SumLoss())
+    >>> estimate.grads["log_scale"].shape
+    torch.Size([])
     """
 
     def __init__(

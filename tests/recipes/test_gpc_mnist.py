@@ -30,14 +30,14 @@ def test_a_run_in_small(recipe, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(recipe, name, {key: grid[:2] for key, grid in getattr(recipe, name).items()})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's remarks on workers and logging
-        recipe.main([str(tmp_path), "--small", "--steps", "40", "--episodes", "2", "--long", "3", "--seeds", "0"])
+        recipe.main([str(tmp_path), "--small", "--steps", "40", "--episodes", "3", "--seeds", "0"])
     with (tmp_path / "mnist_episodes.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len([row for row in rows if row["seed"] == "1000"]) == 7 * 2 + 2 * 2
     means = {(row["method"], row["options"], row["episode"]): float(row["mean"]) for row in rows if row["seed"] == "0"}
     slow, fast = (means["GPC", str({"meta_lr": lr}), "2"] for lr in (1e-4, 1e-3))
     assert fast < slow
-    assert [row["episode"] for row in rows if row["method"] == "GPC, longer"] == ["1", "2", "3"]
+    assert [row["episode"] for row in rows if row["method"] == "GPC" and row["options"] == "{'meta_lr': 0.0001}"] == ["1", "2", "3"]
     with (tmp_path / "mnist_profiles_0.001.csv").open() as file:
         profiles = [[float(x) for x in row] for row in csv.reader(file)]
     assert len(profiles[-1]) == 32
