@@ -76,7 +76,7 @@ def optimizer_gradient(rule: Rule, task: Task, metagrad: MetaGradient, objective
 
     >>> import lightning_metaopt as lmo
     >>> rule, family = lmo.rules.GradientDescent(0.1), lmo.tasks.Lasso()
-    >>> optimizer_gradient(rule, family.draw(seed=0, size=2), lmo.Unrolled(3), lmo.objectives.LastLoss()).shape
+    >>> optimizer_gradient(rule, family.draw(seed=0, size=2), lmo.Unrolled(3), lmo.objectives.MeanLoss()).shape
     torch.Size([1])
     """
     estimate = metagrad(rule, start(rule, task), objective)
