@@ -73,8 +73,9 @@ def meta_train(module: LightningTransformer, domains: Iterable[LightningDataModu
         lmo.Unrolled(steps=5),
         "mean",
         partial(torch.optim.Adam, lr=0.1),
+        scheduler=partial(torch.optim.lr_scheduler.LinearLR, start_factor=1.0, end_factor=0.05, total_iters=meta_steps),
         tasks=1,
-        horizon=30,
+        horizon=60,
         steps_per_epoch=meta_steps,
         val_tasks=0,
         seed=seed,
@@ -130,7 +131,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     data: dict[str, LightningDataModule] = {name: SourceText(name) for name in (*TRAINED_ON, LEFT_OUT)}
-    print("\n".join(compare(partial(LightningTransformer, vocab_size=128), data, 30, 60, range(10, 15))))
+    print("\n".join(compare(partial(LightningTransformer, vocab_size=128), data, 48, 60, range(10, 15))))
 
 
 if __name__ == "__main__":

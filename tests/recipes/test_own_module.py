@@ -71,7 +71,7 @@ def test_the_ten_lines_of_the_page_run(data, tmp_path, monkeypatch):
     monkeypatch.setattr(transformer, "LightningTransformer", lambda vocab_size: Small())
     (block,) = re.findall(r"```python\n(.*?)```", (RECIPES / "own_module" / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     names = {"domains": [data["json"], data["email"]]}
-    exec(block.replace("steps_per_epoch=20", "steps_per_epoch=3"), names)
+    exec(block.replace("steps_per_epoch=48", "steps_per_epoch=3"), names)
     saved = lmo.load_rule("my_transformer.safetensors")
     assert saved.shapes == {name: tuple(value.shape) for name, value in Small().named_parameters()}
     assert all(torch.equal(one, other) for one, other in zip(saved.parameters(), names["rule"].parameters(), strict=True))
