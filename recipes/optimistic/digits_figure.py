@@ -53,7 +53,7 @@ def draw(scores: Scores, file: Path) -> None:
         name for name in dict.fromkeys(method for _, method, _ in scores) if all((at, name, LOSS) in scores for at in problems)
     ]
     bases = [name for name in methods if ADDED not in name]
-    figure = Figure(figsize=(4.2 * len(bases), 6.4), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(bases), 8.0), layout="constrained")
     axes = figure.subplots(2, len(bases), squeeze=False, sharex=True, sharey="row")
     for column, base in enumerate(bases):
         for number, method in enumerate(name for name in methods if name.split(ADDED)[0] == base):
@@ -63,7 +63,7 @@ def draw(scores: Scores, file: Path) -> None:
                 heights = [fmean(values) if all(map(math.isfinite, values)) else math.inf for values in every]
                 axes[row, column].plot(range(len(problems)), [min(height, 100.0) for height in heights], label=method, **look)
         axes[0, column].set_title(base)
-        axes[0, column].legend(fontsize=8)
+        axes[1, column].legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18))  # clear of the curves
         axes[1, column].set_xticks(range(len(problems)), problems)
         axes[1, column].set_xlabel("learning rate")
     axes[0, 0].set_ylabel(f"{ACCURACY}, %")
