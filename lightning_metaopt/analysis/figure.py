@@ -26,5 +26,5 @@ def axes_into(path: str | Path, *, legend: bool = True, fontsize: float = 8) -> 
     yield axes
     axes.grid(alpha=0.2)
     if legend:
-        axes.legend(frameon=False, fontsize=fontsize)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=fontsize)  # clear of the curves
     figure.savefig(path, dpi=150)
