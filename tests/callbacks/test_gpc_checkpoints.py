@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import step_cases
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from step_cases import fit, flat, module, sgd
@@ -69,6 +70,18 @@ def test_resumes_exactly(name: str, tmp_path: Any) -> None:
     assert torch.equal(flat(whole), flat(again))
     assert first.engines[0].coefficients.steps == second.engines[0].coefficients.steps > 0
     assert first.episode == second.episode
+
+
+def test_the_fixed_batch_is_the_same_whatever_comes_after(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"fixed_batch": True, "episode_steps": 9, "freeze_after": 30}
+    first, second = make(**options), make(**options)
+    whole = train("fixed batch, diagonal", first, tmp_path)
+    data = step_cases.loader().dataset
+    other = torch.utils.data.Subset(data, range(len(data) - 1, -1, -1))
+    monkeypatch.setattr(step_cases, "loader", lambda: torch.utils.data.DataLoader(other, batch_size=4))
+    again = train("fixed batch, diagonal", second, ckpt=tmp_path / "step=12.ckpt")
+    assert torch.equal(first.engines[0].coefficients.value, second.engines[0].coefficients.value)
+    assert torch.equal(flat(whole), flat(again))
 
 
 def test_without_the_past(tmp_path: Any) -> None:
