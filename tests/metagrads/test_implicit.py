@@ -4,7 +4,7 @@ from contracts import NETS
 from implicit_cases import Ridges, close, moved, setting, spd
 
 import lightning_metaopt as lmo
-from lightning_metaopt.episode import Episode, start
+from lightning_metaopt.episode import Episode, start, unroll
 from lightning_metaopt.metagrads import (
     ConjugateGradient,
     Dense,
@@ -89,6 +89,42 @@ def test_exact_for_regularised_networks_against_a_long_unroll():
     for name, grad in expected.grads.items():
         torch.testing.assert_close(found.grads[name], grad, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
     assert max(float(grad.abs().max()) for grad in expected.grads.values()) > 1e-3
+
+
+def test_how_far_loop_and_solver_have_come():
+    """The worst problem's gradient of F where the loop ends, and what the solver leaves of the slope, relative to it."""
+    rule, episode = setting(lr=0.3)
+    data, origin, weight = episode.task.data, rule.layout.flatten(episode.params), 0.5
+    found = Implicit(3, Regularised(weight), Neumann(2, alpha=0.1))(rule, episode, ToTarget()).info
+    matrix = rule.matrix().detach()
+    curvature = data["q"] + weight * matrix
+
+    def gradient(x):
+        return torch.einsum("bij,bj->bi", curvature, x) - data["b"] - weight * origin @ matrix
+
+    x = origin
+    for _ in range(3):
+        x = x - 0.3 * torch.linalg.solve(matrix, gradient(x).unsqueeze(2)).squeeze(2)
+    assert found["stationarity"] == pytest.approx(float(gradient(x).norm(dim=1).max()), rel=1e-9)
+    left = (2 * (x - data["target"])).unsqueeze(2)
+    for _ in range(3):  # of the Neumann series, each term takes (I - alpha H) of what was left
+        left = left - 0.1 * curvature @ left
+    share = left.squeeze(2).norm(dim=1) / (2 * (x - data["target"])).norm(dim=1)
+    assert found["residual"] == pytest.approx(float(share.max()), rel=1e-9)
+    assert float(share.max()) > 1.1 * float(share.min())
+
+
+def test_the_condition_is_that_of_the_batch_at_hand_and_leaves_buffers_alone():
+    rule = lmo.rules.KroneckerMirror(NETS.shapes, lr=0.2, norm=1.0, seed=1).double()
+    episode = unroll(rule, start(rule, NETS.draw(0, 2)), 3)[0]
+    kept = {name: leaf.clone() for name, leaf in episode.buffers.items()}
+    found = Regularised(0.5)(rule, episode)
+    assert kept
+    assert all(torch.equal(episode.buffers[name], leaf) for name, leaf in kept.items())
+    difference = {name: leaf - episode.origin[name] for name, leaf in episode.params.items()}
+    plain = [episode.task.loss(episode.params, dict(kept), episode.task.batch(step)) for step in (3, 0)]
+    torch.testing.assert_close(found, plain[0] + 0.5 * rule.divergence(difference))
+    assert not torch.allclose(plain[0], plain[1])
 
 
 def test_neumann_needs_the_factor_alpha_and_an_alpha_that_is_small_enough():
