@@ -102,13 +102,14 @@ class StepEngine(ABC):
         """The optimizer's parameters in the order of its groups."""
         return [param for group in self.optimizer.param_groups for param in group["params"]]
 
-    @torch.no_grad()
     def _before(self, optimizer: Optimizer, *_: Any) -> None:
-        if not self.active:
-            return
-        self._stepping = True
-        if self.copy():
-            return
+        if self.active:
+            self._stepping = True
+            if not self.copy():
+                self._copy_each()
+
+    @torch.no_grad()
+    def _copy_each(self) -> None:
         compares = self.compares
         for param in self.params():
             old = self._old.get(param)
