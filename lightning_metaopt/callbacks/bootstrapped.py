@@ -195,8 +195,8 @@ class Bootstrap:
         return [self.hints[param].clone() if param in self.hints else None for param in params]
 
     def load(self, state: list[Tensor | None], params: list[Tensor]) -> None:
-        """Continue from :meth:`state`."""
-        pairs = zip(params, state, strict=True)
+        """Continue from :meth:`state`; lazy parameters may come later, and have nothing to take off then."""
+        pairs = zip(params, state, strict=False)
         self.hints = {param: hint.to(param.device, copy=True) for param, hint in pairs if hint is not None}
 
     def _corrects(self, move: Move) -> bool:
