@@ -134,9 +134,13 @@ class Gradients:
 
         def pull(vector: Tensor) -> Tensor:
             assert self.replay is not None
-            parts = dict(zip(names, flat.split(back(vector)), strict=True))
+            vector = back(vector)
+            # In half precision a small vector would vanish on its way back; the product is linear in it. It begins at 1/64, and
+            # ends at 1/64 of what the scaler has found that gradients may be.
+            size = 1.0 if self._scale() == 1 else 64 * float(vector.abs().max()) / self._scale() or 1.0
+            parts = dict(zip(names, flat.split(vector / size), strict=True))
             products = self.replay.hvp(moments, leaves, parts)[2] if local is None else _product(local, leaves, parts)
-            return self._mean(flat.join([products[name] for name in names]))
+            return self._mean(flat.join([products[name] for name in names])).mul_(size)
 
         return given, pull
 

@@ -186,6 +186,23 @@ def test_a_scaler_that_leaves_steps_out() -> None:
     torch.testing.assert_close(value(callback), value(reference), rtol=0.05, atol=1e-3)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-4, 1e-6])
+def test_small_gradients_do_not_vanish_from_rollouts_in_half_precision(size: float) -> None:
+    from lightning.pytorch.plugins import MixedPrecision
+
+    def trained(**options: Any) -> Tensor:
+        net, callback = module(sgd(0.05 / size)), make(meta_optimizer=lambda m: torch.optim.SGD(m, 1e-9))
+        original = type(net).training_step
+        type(net).training_step = lambda self, batch, batch_idx: size * original(self, batch, batch_idx)
+        fit(net, callback, **options)
+        assert callback.engines[0].coefficients.skipped == 0
+        return value(callback) / size**2 * 1e9
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    found, expected = trained(plugins=[MixedPrecision("16-mixed", "cpu", scaler)]), trained()
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=1e-3)
+
+
 @pytest.mark.filterwarnings("ignore:.*contains uninitialized parameters", "ignore:Lazy modules are")
 def test_lazy_parameters_and_half_precision() -> None:
     callback = make()
