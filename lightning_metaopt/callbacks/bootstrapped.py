@@ -40,8 +40,8 @@ class Bootstrap:
     For :math:`\\mu = \\tfrac12\\|\\cdot\\|^2` the pull is a gradient and the way to it, :math:`\\eta\\nabla f(y_K) + h_t` with
     :math:`h_t = x_t - y_K`. In Algorithm 3 of the paper these :math:`h_t` add up, as hints do without error correction. With
     momentum they are mostly steps that follow from the last one in any case, and every factor grows until training breaks down.
-    ``corrected`` takes the last one off again, :math:`\\eta\\nabla f(y_K) + h_t - h_{t-1}`, as AO-FTRL does. (The correction of
-    Theorem 3 takes off :math:`\\nabla f(y_K) - g_t` of the last step as well; it is worse, see ``recipes/optimistic/README.md``.)
+    ``corrected`` takes the last one off again, :math:`\\eta\\nabla f(y_K) + h_t - h_{t-1}`, as AO-FTRL does, but for one term: the
+    correction of Theorem 3 takes off :math:`\\eta(\\nabla f(y_K) - g_t)` of the last step as well.
 
     Args:
         lookahead: :math:`K`; so many gradients are computed more in each step, and one more yet for ``mu="loss"``.

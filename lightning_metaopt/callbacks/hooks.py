@@ -74,7 +74,7 @@ class StepEngine(ABC):
         """Whether :meth:`adjust` looks at ``Move.old``; if not, that is the parameter itself."""
         return True
 
-    def copy(self) -> bool:
+    def snapshot(self) -> bool:
         """Copy the parameters in a quicker way than one by one, where nothing has changed since the last step; else ``False``."""
         return False
 
@@ -105,7 +105,7 @@ class StepEngine(ABC):
     def _before(self, optimizer: Optimizer, *_: Any) -> None:
         if self.active:
             self._stepping = True
-            if not self.copy():
+            if not self.snapshot():
                 self._copy_each()
 
     @torch.no_grad()

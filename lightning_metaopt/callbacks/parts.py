@@ -80,7 +80,7 @@ class Parts:
         self._last = [(param, param in place_of) for group in groups for param in group["params"]]
         return [Part(piece, own) for piece, own in grouped.items()]
 
-    def copy(self, groups: list[dict[str, Any]]) -> bool:
+    def snapshot(self, groups: list[dict[str, Any]]) -> bool:
         """Fill the snapshots of the last step's pieces, if the parameters are still the same; else ``False``.
 
         So it is where one of them had no gradient in the last step, which may have one now.
@@ -91,7 +91,7 @@ class Parts:
                 known = next(last, None)
                 if known is None or param is not known[0] or param.requires_grad != known[1]:
                     return False
-        self._same = bool(self._last) and all(piece.copy() for piece, _ in self._arranged)
+        self._same = bool(self._last) and all(piece.snapshot() for piece, _ in self._arranged)
         return self._same
 
     def release(self) -> None:

@@ -99,7 +99,7 @@ class Piece(Factors):
             torch.cat(self._views, out=self._room)
         return self._room
 
-    def copy(self) -> bool:
+    def snapshot(self) -> bool:
         """Fill the snapshot; ``False`` where parameters are no longer what they were in the last step."""
         if not self._views:
             return False

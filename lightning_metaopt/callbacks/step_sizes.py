@@ -61,9 +61,9 @@ class StepSizes(StepEngine):
         self._shared = Factors()  # of scope "optimizer"
         self._warned, self._logged = False, (0, 0)  # steps and clipped steps when last logged
 
-    def copy(self) -> bool:
+    def snapshot(self) -> bool:
         """See :class:`StepEngine`."""
-        return self._parts.copy(self.optimizer.param_groups)
+        return self._parts.snapshot(self.optimizer.param_groups)
 
     def detach(self) -> None:
         """See :class:`StepEngine`."""

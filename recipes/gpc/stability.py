@@ -1,6 +1,6 @@
 """Figure 3: how the products of the dynamics' norms go on with their length, for a small network at the beginning of training.
 
-    python recipes/gpc/stability.py [FOLDER]        # about ten minutes on one core
+    python recipes/gpc/stability.py [FOLDER [STEPS TRIALS]]   # about ten minutes on one core
 
 A perceptron 16-8-10 on digits of 4x4 pixels, gradient descent on minibatches of 100 from ten random starts, second derivatives at
 each of the first 16 iterates, dynamics of Eq. 2 (with gradients that act one step late).

@@ -238,13 +238,13 @@ def test_nothing_is_copied_one_by_one_once_all_is_known(monkeypatch: pytest.Monk
     optimizer = torch.optim.SGD(params, 0.1)
     engine = OptimisticMetaGrad.attach(optimizer)
     quick: list[bool] = []
-    copy_all = engine.copy
+    copy_all = engine.snapshot
 
     def counted() -> bool:
         quick.append(copy_all())
         return quick[-1]
 
-    monkeypatch.setattr(engine, "copy", counted)
+    monkeypatch.setattr(engine, "snapshot", counted)
     for number in range(6):
         if number == 3:
             params[0].data = params[0].data.clone()
