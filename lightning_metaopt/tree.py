@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 __all__ = [
     "Layout",
@@ -96,6 +97,8 @@ def norm(tree: Mapping[str, Tensor]) -> Tensor:
 
 def safe_sqrt(square: Tensor) -> Tensor:
     """The square root, with derivative 0 instead of infinity at 0 (a coordinate whose gradient has always been 0)."""
+    if not torch.is_grad_enabled() and forward_ad.unpack_dual(square).tangent is None:
+        return square.sqrt()
     zero = square == 0
     return torch.where(zero, torch.zeros_like(square), torch.where(zero, torch.ones_like(square), square).sqrt())
 

@@ -6,8 +6,9 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-__all__ = ["LSTMLayer", "affine", "cell_backward", "cell_forward", "linear_map"]
+__all__ = ["LSTMLayer", "affine", "cell_backward", "cell_forward", "elu", "linear_map"]
 
 
 def linear_map(generator: torch.Generator, rows: int, columns: int) -> nn.Parameter:
@@ -19,6 +20,15 @@ def linear_map(generator: torch.Generator, rows: int, columns: int) -> nn.Parame
 def affine(bias: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     """:math:`W x + b` for columns ``x``; all three may have one more axis in front, of replicas."""
     return (torch.addmm if weight.dim() == 2 else torch.baddbmm)(bias.unsqueeze(-1), weight, x)
+
+
+def elu(x: Tensor) -> Tensor:
+    """:math:`\\max(x, e^x - 1)`, in the memory of ``x``. Without autograd in half of the time that torch's takes, whose
+    exponential is exact around 0, where this one is off by the rounding of 1.
+    """
+    if torch.is_grad_enabled() or forward_ad.unpack_dual(x).tangent is not None:
+        return nn.functional.elu(x, inplace=True)
+    return torch.maximum(x, x.clamp(max=0).exp_().sub_(1), out=x)
 
 
 class LSTMLayer(nn.Module):

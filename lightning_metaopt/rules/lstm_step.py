@@ -61,14 +61,18 @@ def lstm_step(rule: Any, x: Tensor, state: Sequence[Tensor], layout: Columns) ->
         state: leaves, slot by slot, parameter by parameter.
         layout: between leaves and columns.
     """
-    phi = [value for _, value in rule.named_parameters()]
     if not torch.is_grad_enabled():
         return lstm_forward(rule, x, state, layout)[:2]
+    phi = [value for _, value in rule.named_parameters()]
     if any(forward_ad.unpack_dual(value).tangent is not None for value in (x, *phi, *state)):
         found: tuple[Tensor, list[Tensor]] = rule.plain(x, state, layout)
         return found
     update, *after = _Step.apply(rule, layout, len(phi), x, *phi, *state)  # type: ignore[no-untyped-call]  # torch has no types here
     return update, after
+
+
+def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value if value.dtype is dtype else value.to(dtype)  # a call that does nothing costs as much as one that does
 
 
 def _slots(leaves: Sequence[Tensor], count: int) -> Iterator[Sequence[Tensor]]:
@@ -78,7 +82,7 @@ def _slots(leaves: Sequence[Tensor], count: int) -> Iterator[Sequence[Tensor]]:
 
 def lstm_forward(rule: Any, x: Tensor, state: Sequence[Tensor], layout: Columns) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Updates, the state's leaves, and what :func:`lstm_backward` needs."""
-    held = [layout.columns(slot).to(x.dtype) for slot in _slots(state, 2 * len(rule.cells))]
+    held = [_cast(layout.columns(slot), x.dtype) for slot in _slots(state, 2 * len(rule.cells))]
     y = rule.enter(x)
     kept, after, below = [y], [], y
     for index, layer in enumerate(rule.cells):
@@ -89,7 +93,7 @@ def lstm_forward(rule: Any, x: Tensor, state: Sequence[Tensor], layout: Columns)
         below = hidden
     out = rule.leave(affine(rule.out_bias, rule.out_weight, below))
     dtype = state[0].dtype
-    leaves = [leaf.to(dtype) for slot in after for leaf in layout.leaves(slot)]
+    leaves = [_cast(leaf, dtype) for slot in after for leaf in layout.leaves(slot)]
     return (rule.factor() * out).squeeze(-2), leaves, [out, *kept]
 
 
@@ -130,11 +134,11 @@ def lstm_backward(
     """
     slots = 2 * len(rule.cells)
     out, y = kept[:2]
-    held = [layout.columns(slot).to(x.dtype) for slot in _slots(state, slots)]
+    held = [_cast(layout.columns(slot), x.dtype) for slot in _slots(state, slots)]
     coming = []
     for slot, like in zip(_slots(grad_state, slots), _slots(state, slots), strict=True):  # type: ignore[arg-type]  # some are None
         leaves = [torch.zeros_like(leaf) if value is None else value for value, leaf in zip(slot, like, strict=True)]
-        coming.append(None if all(value is None for value in slot) else layout.columns(leaves).to(x.dtype))
+        coming.append(None if all(value is None for value in slot) else _cast(layout.columns(leaves), x.dtype))
     found: Tree = {}
     top = kept[-3]
     below: Tensor | None = None
@@ -163,7 +167,7 @@ def lstm_backward(
         before = [*states, *before]
     assert below is not None
     own_in, grad_x = rule.enter_backward(phi, x, y, below)
-    leaves = [leaf.to(state[0].dtype) for slot in before for leaf in layout.leaves(slot)]
+    leaves = [_cast(leaf, state[0].dtype) for slot in before for leaf in layout.leaves(slot)]
     return found | own_in, grad_x, leaves
 
 

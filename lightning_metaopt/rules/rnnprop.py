@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_metaopt.rule import State
 from lightning_metaopt.rules.l2o_base import CoordinatewiseLSTM
-from lightning_metaopt.rules.lstm_cell import affine, linear_map
+from lightning_metaopt.rules.lstm_cell import affine, elu, linear_map
 from lightning_metaopt.tree import Tree, safe_sqrt, tree_map
 
 __all__ = ["RNNprop"]
@@ -67,7 +67,7 @@ class RNNprop(CoordinatewiseLSTM):
         beta2: float = 0.95,
         eps: float = 1e-8,
         bf16: bool = False,
-        chunk: int = 2048,
+        chunk: int = 3072,
         seed: int = 0,
     ) -> None:
         for what, value in (("beta1", beta1), ("beta2", beta2)):
@@ -98,11 +98,14 @@ class RNNprop(CoordinatewiseLSTM):
     def features(self, grad: Tensor, memory: Mapping[str, Tensor], count: Tensor) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
         mean = torch.lerp(grad, memory["mean"], self.beta1)
         square = torch.lerp(grad.square(), memory["square"], self.beta2)
-        root = safe_sqrt(square / _bias(self.beta2, count, grad)) + self.eps
-        return (mean / _bias(self.beta1, count, grad) / root, grad / root), {"mean": mean, "square": square}
+        bias = _bias(self.beta2, count, grad)
+        root = safe_sqrt(square / bias) + self.eps
+        if self.beta1 != self.beta2:
+            bias = _bias(self.beta1, count, grad)
+        return (mean / bias / root, grad / root), {"mean": mean, "square": square}
 
     def enter(self, x: Tensor) -> Tensor:
-        return nn.functional.elu(affine(self.in_bias, self.in_weight, x), inplace=True)
+        return elu(affine(self.in_bias, self.in_weight, x))
 
     def enter_backward(self, phi: Tree, x: Tensor, y: Tensor, grad: Tensor) -> tuple[Tree, Tensor]:
         slopes = grad * y.clamp(max=0).add_(1)  # e^z = y + 1 below 0

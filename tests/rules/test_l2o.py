@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 import lightning_metaopt as lmo
 from lightning_metaopt import rules
 from lightning_metaopt.rule import under
+from lightning_metaopt.rules.lstm_cell import elu
 from lightning_metaopt.tree import tree_map
 
 SHAPES = {"weight": (3, 2), "bias": (3,), "gain": ()}
@@ -283,3 +284,15 @@ def test_a_loss_may_depend_on_part_of_a_step(part):
         with torch.no_grad():
             expected = (run(1e-5) - run(-1e-5)) / 2e-5
         torch.testing.assert_close(grad[index], expected, rtol=1e-5, atol=1e-9)
+
+
+def test_elu_is_that_of_torch():
+    x = torch.randn(7, 300, generator=torch.Generator().manual_seed(0)) * 3
+    x[0, :3] = torch.tensor([0.0, -1e-9, 1e-9])
+    expected = torch.nn.functional.elu(x)
+    with torch.no_grad():
+        found = elu(x)
+    assert found is x  # in its memory
+    torch.testing.assert_close(found, expected, rtol=0, atol=1.2e-7)
+    double = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda y: elu(y.clone()), double)
