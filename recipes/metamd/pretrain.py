@@ -16,15 +16,16 @@ from lightning_metaopt.data import ImageData, load_images
 from lightning_metaopt.models import ResNet18
 from lightning_metaopt.modules import ImageClassifier
 
+STEPS = 1000
 SETS = {"photographs": "photo_crops", "emoji": "emoji"}
 
 
-def pretrain(data: ImageData, seed: int = 0, steps: int = 1000) -> tuple[ResNet18, float]:
+def pretrain(data: ImageData, seed: int = 0) -> tuple[ResNet18, float]:
     """A network trained with Adam on the set, and its test accuracy."""
     seed_everything(seed)
     network = ResNet18(classes=10, width=4)
     module = ImageClassifier(network, partial(torch.optim.Adam, lr=0.002))
-    trainer = Trainer(max_steps=steps, logger=False, enable_checkpointing=False, limit_val_batches=0, accelerator="cpu")
+    trainer = Trainer(max_steps=STEPS, logger=False, enable_checkpointing=False, limit_val_batches=0, accelerator="cpu")
     trainer.fit(module, data)
     (scores,) = trainer.test(module, data, verbose=False)
     return network, scores["test accuracy"]
