@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from lightning_metaopt.rule import per_parameter
 from lightning_metaopt.tree import (
@@ -71,6 +72,16 @@ def test_norm_has_derivative_zero_at_zero_and_shows_what_is_not_finite():
     x = torch.rand(5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(safe_sqrt, x)
     assert torch.autograd.gradgradcheck(safe_sqrt, x)
+
+
+def test_square_root_keeps_its_derivative_at_zero_where_only_forward_mode_asks():
+    x = torch.tensor([0.0, 4.0])
+    with torch.no_grad():
+        assert safe_sqrt(x).tolist() == [0.0, 2.0]
+        with forward_ad.dual_level():
+            found = forward_ad.unpack_dual(safe_sqrt(forward_ad.make_dual(x, torch.ones(2))))
+    assert found.primal.tolist() == [0.0, 2.0]
+    assert found.tangent.tolist() == [0.0, 0.25]
 
 
 def test_inverse_square_and_its_derivatives_of_both_modes_and_orders():
