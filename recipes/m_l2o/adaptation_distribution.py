@@ -30,7 +30,7 @@ from lightning_metaopt.tasks import Lasso
 
 TEST = 100.0
 ADAPTATION: dict[str, TaskFamily] = {"training problems": Lasso()} | {f"{s:g}": Lasso(std=float(s)) for s in (10, 25, 50, 100, 200)}
-METHODS = {"Transfer Learning": "transfer-short", "M-L2O, first order": "first-order", "M-L2O, aligned": "aligned"}
+METHODS = {"Transfer Learning": "transfer", "M-L2O, first order": "first-order", "M-L2O, aligned": "aligned"}
 ALPHA, POINTS = 1e-3, 5
 
 
@@ -80,15 +80,13 @@ def growth(rule: Rule, seed: int, lengths: Sequence[int] = (1, 2, 5, 10, 20)) ->
     return rows
 
 
-def draw(path: Path, rows: dict[str, dict[str, Tensor]], direct: Interval) -> None:
-    """Figures of the adapted rules by what they adapted on."""
+def draw(path: Path, rows: dict[str, dict[str, Tensor]], direct: Tensor) -> None:
+    """Figures of the rules by what they adapted on: a point for each meta-seed, and intervals over meta-seeds and runs."""
     with axes_into(path) as axes:
         at = range(len(ADAPTATION))
         for shift, (label, by_family) in enumerate(rows.items()):
-            points = [Interval.of(by_family[name]) for name in ADAPTATION]
-            x = [value + 0.1 * (shift - 1) for value in at]
-            axes.errorbar(x, [p.mean for p in points], [p.both for p in points], fmt="o", capsize=3, label=label)
-        axes.axhline(direct.mean, color="0.4", ls="--", label="Direct Transfer")
+            ml2o.draw_points(axes, [value + 0.2 * (shift - 1) for value in at], [by_family[name] for name in ADAPTATION], label)
+        axes.axhline(float(direct.mean()), color="0.4", ls="--", label="Direct Transfer")
         axes.set_xticks(list(at), list(ADAPTATION), fontsize=8)
         axes.set(xlabel="adapted on (sigma)", ylabel="lowest ln of the mean loss", title=f"LASSO, tested on sigma = {TEST:g}")
 
@@ -96,11 +94,11 @@ def draw(path: Path, rows: dict[str, dict[str, Tensor]], direct: Interval) -> No
 def main(argv: Sequence[str] | None = None) -> list[str]:
     """Run all and write tables and pictures."""
     options = ml2o.arguments("Figure 4 of M-L2O", argv)
-    direct = Interval.of(figures(options, "transfer-short", None))
+    direct = figures(options, "transfer", None)
     rows = {label: {key: figures(options, name, family) for key, family in ADAPTATION.items()} for label, name in METHODS.items()}
     draw(options.folder / "adaptation_distribution.png", rows, direct)
     table = [[label, *(str(Interval.of(values)) for values in by_family.values())] for label, by_family in rows.items()]
-    table.append(["Direct Transfer", str(direct), *[""] * (len(ADAPTATION) - 1)])
+    table.append(["Direct Transfer", str(Interval.of(direct)), *[""] * (len(ADAPTATION) - 1)])
     lines = ml2o.write(options.folder / "adaptation_distribution.csv", ["method", *ADAPTATION], table)
     seeds = options.seeds
     measured = [theory(load("aligned", seed, options.rules), seed) for seed in seeds]

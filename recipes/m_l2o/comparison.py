@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,11 +52,14 @@ def tuned(family: TaskFamily, sigma: float | None, steps: int = ml2o.STEPS) -> d
     return found
 
 
-def proximal(drawn: Problems, steps: int, fast: bool) -> Tensor:
-    """ISTA or FISTA (Beck, Teboulle 2009) with each problem's own 1/L: logarithm of the mean loss after every step."""
+def proximal(drawn: Problems, steps: int, fast: bool, step_size: float | None = None) -> Tensor:
+    """ISTA or FISTA (Beck, Teboulle 2009): logarithm of the mean loss after every step; where it is not finite, infinite.
+
+    With one step size for all problems, or with each problem's own 1/L, which is more than the other methods know.
+    """
     task, params, _ = drawn
     matrix, target, penalty = task.data["matrix"], task.data["target"], task.data["penalty"].unsqueeze(1)
-    rate = 1 / torch.linalg.matrix_norm(matrix, ord=2).square().unsqueeze(1)
+    rate = torch.linalg.matrix_norm(matrix, ord=2).pow(-2).unsqueeze(1) if step_size is None else torch.tensor(step_size)
     x = ahead = params["theta"]
     momentum, losses = 1.0, []
     for _ in range(steps):
@@ -65,7 +70,7 @@ def proximal(drawn: Problems, steps: int, fast: bool) -> Tensor:
         ahead = new + (momentum - 1) / after * (new - x) if fast else new
         x, momentum = new, after
         losses.append(task.loss({"theta": x}, {}, task.batch(0)).mean())
-    return torch.stack(losses).log()
+    return torch.stack(losses).log().nan_to_num(nan=math.inf)
 
 
 def kept_if_better(rule: Rule, family: TaskFamily, run: int, **options: Any) -> Rule:
@@ -80,16 +85,14 @@ LEARNED: dict[str, tuple[str | None, Adapt | None]] = {
     "Vanilla": (None, adapted),
     "Direct Transfer": ("transfer", None),
     "Transfer Learning": ("transfer", adapted),
-    "Direct Transfer, short schedule": ("transfer-short", None),
-    "Transfer Learning, short schedule": ("transfer-short", adapted),
-    "M-L2O, aligned, short schedule": ("aligned", adapted),
-    "M-L2O, first order (as released), short schedule": ("first-order", adapted),
-    "M-L2O, second order (Eq. 5), short schedule": ("second-order", adapted),
     "Transfer Learning, kept if better": ("transfer", kept_if_better),
-    "Direct Transfer, long schedule": ("transfer-long", None),
-    "Transfer Learning, long schedule": ("transfer-long", adapted),
-    "random scaling, not adapted, short schedule": ("scaled", None),
-    "random scaling, adapted (log), short schedule": ("scaled", partial(adapted, objective="log")),
+    "M-L2O, first order (as released), not adapted": ("first-order", None),
+    "M-L2O, first order (as released)": ("first-order", adapted),
+    "M-L2O, second order (Eq. 5)": ("second-order", adapted),
+    "M-L2O, aligned, not adapted": ("aligned", None),
+    "M-L2O, aligned": ("aligned", adapted),
+    "random scaling, not adapted": ("scaled", None),
+    "random scaling, adapted (log)": ("scaled", partial(adapted, objective="log")),
 }
 
 
@@ -157,12 +160,7 @@ def plain(name: str) -> str:
     return name.partition(", lr ")[0]
 
 
-AGAINST = [f"{method}{length}" for length in ("", ", short schedule") for method in ("Transfer Learning", "Direct Transfer")]
-
-
-def schedule(name: str) -> str:
-    """The schedule that a method's name ends with, if any."""
-    return name.rpartition(", ")[2] if name.endswith(" schedule") else ""
+AGAINST = ("Transfer Learning", "Direct Transfer")
 
 
 def difference(values: Mapping[str, Tensor], one: str, other: str) -> str:
@@ -201,7 +199,7 @@ def report(
         (one, other)
         for one in names
         for other in against
-        if other in names and one != other and one.startswith(("M-L2O", "Transfer")) and schedule(one) == schedule(other)
+        if other in names and one != other and one.startswith(("M-L2O", "Transfer", "random"))
     ]
     rows = [[f"{one} minus {other}", *(difference(values, one, other) for values in figures.values())] for one, other in pairs]
     lines += ["", *ml2o.write(folder / "differences.csv", head, rows)]
@@ -213,20 +211,25 @@ def report(
     return lines
 
 
+ORDINARY = ("ISTA", "FISTA", *CLASSICAL)
+
+
 def draw_curves(path: Path, rows: Mapping[str, Tensor], title: str) -> None:
     """Mean logarithm of the loss over steps, with its 95 % interval over meta-seeds and runs together."""
     with axes_into(path, legend=False) as axes:
-        for number, (name, curves) in enumerate(rows.items()):
+        colors = cycle([*(f"C{number}" for number in range(10)), "k"])
+        dashes = cycle(["--", ":", "-.", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1))])
+        for name, curves in rows.items():
             steps = curves.shape[2]
             at = sorted({round(10 ** (index / 20)) for index in range(200) if round(10 ** (index / 20)) <= steps})
             points = [Interval.of(curves[:, :, step - 1]) for step in at]
             mean, half = torch.tensor([(point.mean, point.both) for point in points]).T
-            style = "-" if name in LEARNED else "--"
-            (line,) = axes.plot(
-                at, mean, style, lw=1.2, color=f"C{number % 10}" if number < 10 else f"{0.1 * (number - 9):.1f}", label=name
-            )
-            if name in LEARNED:
-                axes.fill_between(at, mean - half, mean + half, color=line.get_color(), alpha=0.06)
+            if plain(name) in ORDINARY:
+                axes.plot(at, mean, ls=next(dashes), lw=1.2, color="0.25", label=name)
+            else:
+                color = next(colors)
+                axes.plot(at, mean, lw=1.2, color=color, label=name)
+                axes.fill_between(at, mean - half, mean + half, color=color, alpha=0.05)
         start = max(float(curves[:, :, 0].mean()) for curves in rows.values())
         axes.set(xscale="log", xlabel="step", ylabel="ln of the mean loss", title=title, ylim=(-6.5, min(start + 2, 12.0)))
         axes.figure.legend(loc="outside lower center", ncols=2, fontsize=6, frameon=False)

@@ -20,7 +20,7 @@ from lightning_metaopt.tasks import Lasso
 
 TEST = Lasso(std=100.0)
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
-METHODS = {"Transfer Learning": "transfer-short", "M-L2O, first order": "first-order", "M-L2O, aligned": "aligned"}
+METHODS = {"Transfer Learning": "transfer", "M-L2O, first order": "first-order", "M-L2O, aligned": "aligned"}
 
 
 def between(first: Rule, second: Rule, weight: float) -> Rule:
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
     options = ml2o.arguments("Figure A5b of M-L2O", argv)
     rows: list[list[object]] = []
     with axes_into(options.folder / "interpolation.png") as axes:
-        for label, name in METHODS.items():
+        for shift, (label, name) in enumerate(METHODS.items()):
             figures = torch.empty(len(WEIGHTS), len(options.seeds), len(options.runs))
             for i, seed in enumerate(options.seeds):
                 for j, run in enumerate(options.runs):
@@ -45,9 +45,8 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
                     ends = adapted(rule, Lasso(), run), adapted(rule, TEST, run)
                     for k, weight in enumerate(WEIGHTS):
                         figures[k, i, j] = curve(between(*ends, weight), problems(TEST, run)).min()
-            points = [Interval.of(values) for values in figures]
-            rows.append([label, *map(str, points)])
-            axes.errorbar(WEIGHTS, [p.mean for p in points], [p.both for p in points], marker="o", capsize=3, label=label)
+            rows.append([label, *(str(Interval.of(values)) for values in figures)])
+            ml2o.draw_points(axes, [weight + 0.03 * (shift - 1) for weight in WEIGHTS], list(figures), label)
         axes.set(xlabel="weight of the rule adapted on training problems", ylabel="lowest ln of the mean loss")
         axes.set_title("LASSO, tested on sigma = 100")
     lines = ml2o.write(options.folder / "interpolation.csv", ["method", *(f"{weight:g}" for weight in WEIGHTS)], rows)

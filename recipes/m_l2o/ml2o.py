@@ -35,7 +35,7 @@ from lightning_metaopt.tasks import Lasso
 from lightning_metaopt.tree import Tree
 
 HERE = Path(__file__).parent
-META_SEEDS, RUNS = (10, 11, 12), (10, 11, 12, 13, 14)
+META_SEEDS = RUNS = (10, 11, 12, 13, 14)
 TEST, STEPS, WINDOW = 128, 1000, 20
 FIRST = partial(Unrolled, WINDOW, first_order=True)
 Problems = tuple[Task, Tree, Tree]
@@ -44,12 +44,8 @@ Problems = tuple[Task, Tree, Tree]
 PROFILES = {
     "tiny": ((40, 4),),
     "short": ((100, 50), (200, 75), (500, 100), (1000, 125), (2000, 100)),
-    "standard": ((100, 150), (200, 200), (500, 375), (1000, 500), (2000, 400)),
-    "long": ((100, 300), (200, 400), (500, 750), (1000, 1000), (2000, 800)),
+    "standard": ((100, 300), (200, 400), (500, 750), (1000, 1000), (2000, 800)),
 }
-# What has another schedule in the standard profile, see the README.
-SCHEDULES = dict.fromkeys(("transfer-short", "aligned", "first-order", "second-order", "scaled"), "short")
-SCHEDULES["transfer-long"] = "long"
 CURRICULUM = (100, 200, 500, 1000, 1500, 2000, 2500, 3000)  # of the published code, for the profile "paper"
 
 
@@ -69,8 +65,6 @@ METHODS = {
     "transfer": Method(),
     "aligned": Method(lambda: Adapted(FIRST(), Adam(1e-3), 5, "start", True, family=Lasso(), every=25, advance="adapted")),
     "scaled": Method(family=partial(Lasso, log_scale=(0.0, math.log(200))), objective="log"),
-    "transfer-short": Method(),
-    "transfer-long": Method(),
     "first-order": Method(lambda: Adapted(FIRST(), GradientDescent(1e-3), 1, "next", True)),
     "second-order": Method(lambda: Adapted(Unrolled(WINDOW), GradientDescent(1e-3), 1, "same")),
 }
@@ -197,6 +191,15 @@ class Interval:
         return f"{self.mean:.2f} ± {self.both:.2f} ({self.over_meta_seeds:.2f}; {self.over_runs:.2f})"
 
 
+def draw_points(axes: Any, at: Sequence[float], figures: Sequence[Tensor], label: str) -> None:
+    """Means over runs of figures ``(meta-seeds, runs)`` as a point for each meta-seed, around their 95 % interval."""
+    intervals = [Interval.of(values) for values in figures]
+    means, halves = [found.mean for found in intervals], [found.both for found in intervals]
+    color = axes.errorbar(at, means, halves, fmt="_", capsize=3, lw=1.2, label=label)[0].get_color()
+    for x, values in zip(at, figures, strict=True):
+        axes.plot([x] * len(values), values.mean(1), ".", ms=5, alpha=0.6, color=color)
+
+
 def student(freedom: float) -> float:
     """The 97.5 % quantile of Student's t."""
     from scipy import stats
@@ -239,14 +242,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     for name in options.methods:
-        profile = SCHEDULES.get(name, options.profile) if options.profile == "standard" else options.profile
         begin = time.perf_counter()
         if options.together:
-            found = meta_train_together(METHODS[name], options.seeds, profile, options.tasks)
+            found = meta_train_together(METHODS[name], options.seeds, options.profile, options.tasks)
         else:
-            found = [meta_train(METHODS[name], seed, profile, options.tasks) for seed in options.seeds]
+            found = [meta_train(METHODS[name], seed, options.profile, options.tasks) for seed in options.seeds]
         for seed, rule in zip(options.seeds, found, strict=True):
-            facts = {"recipe": f"m_l2o/{name}", "seed": seed, "profile": profile, "together": options.together}
+            facts = {"recipe": f"m_l2o/{name}", "seed": seed, "profile": options.profile, "together": options.together}
             lmo.save_rule(rule, rule_file(options.folder, name, seed), facts)
         print(f"{name}: {time.perf_counter() - begin:.0f} s", flush=True)
 

@@ -39,7 +39,6 @@ class Variant:
     plain: Method
     nested: Method
     ways: Sequence[dict[str, Any]] = field(default_factory=list)
-    profile: str = "short"
 
 
 def aligned(base: Method, lr: float, steps: int = 5, **options: Any) -> Method:
@@ -93,7 +92,7 @@ def trained(folder: Path, variant: str, kind: str, seed: int) -> Rule:
     chosen = VARIANTS[variant]
     path = ml2o.rule_file(folder, f"{owner(variant, kind)}, {kind}", seed)
     if not path.exists():
-        lmo.save_rule(ml2o.meta_train(chosen.plain if kind == "plain" else chosen.nested, seed, chosen.profile), path)
+        lmo.save_rule(ml2o.meta_train(chosen.plain if kind == "plain" else chosen.nested, seed), path)
     return lmo.load_rule(path)
 
 

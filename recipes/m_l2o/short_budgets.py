@@ -3,19 +3,20 @@
     python recipes/m_l2o/short_budgets.py [FOLDER]
 
 LASSO and quadratics of the training mixture, new problems. Every ordinary optimizer is tuned for each budget by itself: of twelve
-learning rates the best after so many steps on other problems. The rules are meta-trained on episodes of 100 steps.
+learning rates the best after so many steps on other problems. ISTA, and FISTA once more, know each problem's 1/L, as no other
+method does. The rules are meta-trained on episodes of 100 steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import comparison
 import ml2o
 import torch
-from ml2o import Interval, Method, curve, curves, problems
+from ml2o import Interval, Method, Problems, curve, curves, problems
 from torch import Tensor
 
 import lightning_metaopt as lmo
@@ -27,7 +28,12 @@ FAMILIES = {"LASSO": Lasso(), "quadratics": Lasso(penalty=0.0)}
 LEARNED = "RNNprop, learned output scale"
 FIXED = "RNNprop, 0.01 tanh, of lasso.py"
 METHOD = Method(objective="log", rule={"scale": 0.5, "learn_scale": True}, lr=3e-3, annealed=True)
-PROFILE = ((100, 2000),)
+PROFILE = ((100, 6000),)
+# Curves of an optimizer on some problems by its learning rate, and the learning rates that are tried.
+TUNED: dict[str, tuple[Callable[[float, Problems], Tensor], list[float]]] = {
+    f"{name}, tuned": (lambda rate, drawn, make=make: curve(make(rate), drawn, max(BUDGETS)), comparison.grid(0.003, 3.0))
+    for name, (make, _) in comparison.CLASSICAL.items()
+} | {"FISTA, tuned": (lambda rate, drawn: comparison.proximal(drawn, max(BUDGETS), True, rate), comparison.grid(0.003, 10.0))}
 
 
 def trained(folder: Path, seeds: Sequence[int]) -> list[Rule]:
@@ -41,18 +47,16 @@ def trained(folder: Path, seeds: Sequence[int]) -> list[Rule]:
 
 
 def ordinary(family: Lasso, options: Any) -> dict[str, Tensor]:
-    """Figures ``(1, runs, budgets)`` of every ordinary optimizer, tuned for each budget."""
+    """Figures ``(1, runs, budgets)`` of every ordinary optimizer, its learning rate the best of twelve for each budget."""
     drawn, tuning = [problems(family, run) for run in options.runs], problems(family, comparison.TUNING_SEED)
     found = {}
-    for name, (make, _) in comparison.CLASSICAL.items():
-        rates = comparison.grid(0.003, 3.0)
-        tried = [curve(make(rate), tuning) for rate in rates]
-        figures = []
-        for budget in BUDGETS:
-            best = min(range(len(rates)), key=lambda index: float(tried[index][budget - 1]))
-            figures.append(curves(make(rates[best]), drawn, budget)[:, -1])
-        found[f"{name}, tuned for each budget"] = torch.stack(figures, 1)[None]
-    for name, fast in (("ISTA", False), ("FISTA", True)):
+    for name, (after, rates) in TUNED.items():
+        tried = [after(rate, tuning) for rate in rates]
+        best = [min(range(len(rates)), key=lambda index: float(tried[index][budget - 1])) for budget in BUDGETS]
+        needed = {index: torch.stack([after(rates[index], one) for one in drawn]) for index in set(best)}
+        figures = [needed[index][:, budget - 1] for index, budget in zip(best, BUDGETS, strict=True)]
+        found[name] = torch.stack(figures, 1)[None]
+    for name, fast in (("ISTA, each problem's 1/L", False), ("FISTA, each problem's 1/L", True)):
         found[name] = torch.stack([at_budgets(comparison.proximal(one, max(BUDGETS), fast)) for one in drawn])[None]
     return found
 
@@ -77,13 +81,9 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
         rules[FIXED] = [ml2o.load("transfer", seed, options.rules) for seed in options.seeds]
         found = {label: torch.stack([at_budgets(curves(rule, drawn)) for rule in each]) for label, each in rules.items()}
         found |= ordinary(family, options)
-        rows = [[name, *(str(Interval.of(values[:, :, k])) for k in range(len(BUDGETS)))] for name, values in found.items()]
-        best = "RNNprop, learned output scale"
-        for name, values in found.items():
-            if name != best:
-                rows.append(
-                    [f"{best} minus {name}", *(str(Interval.of((found[best] - values)[:, :, k])) for k in range(len(BUDGETS)))]
-                )
+        rows = [[name, *cells(values)] for name, values in found.items()]
+        mine = found[LEARNED]
+        rows += [[f"{LEARNED} minus {name}", *cells(mine - values)] for name, values in found.items() if name != LEARNED]
         lines += [
             f"{problem}:",
             "",

@@ -26,7 +26,7 @@ from lightning_metaopt.task import TaskFamily
 from lightning_metaopt.tasks import Lasso
 
 SIGMAS = (100.0, 200.0)
-VARIANT = "output scale adapts, 10 steps"
+VARIANT = "output scale adapts"
 SMALL, LARGE = search.SCALING[0], search.SCALING[3]  # five steps of Adam with learning rate 0.3 and 1
 METHODS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "Direct Transfer": ("plain", None),

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -194,3 +195,28 @@ def test_every_configuration_of_the_search_is_different(ml2o):
     rules = {(search.owner(name, kind), kind) for name, kind, _, _ in search.configurations()}
     assert ("as the paper", "plain") in rules
     assert {name for name, kind in rules if kind == "nested"} == set(search.VARIANTS)
+
+
+def test_proximal_methods_with_one_step_size(comparison, ml2o):
+    drawn = ml2o.problems(Lasso(std=1.0, dim=4), 0, 1)
+    largest = float(torch.linalg.matrix_norm(drawn[0].data["matrix"], ord=2).square())
+    own, same = (comparison.proximal(drawn, 30, True, rate) for rate in (None, 1 / largest))
+    torch.testing.assert_close(own, same)
+    assert comparison.proximal(drawn, 300, True, 10 / largest)[-1] == math.inf
+
+
+def test_short_budgets_tune_every_optimizer_for_each_budget(monkeypatch, comparison, ml2o):
+    short = load_script("m_l2o/short_budgets.py")
+    monkeypatch.setattr(short, "BUDGETS", (3, 20))
+    monkeypatch.setattr(short.comparison, "TUNING_SEED", 10)  # tuned on the problems of the run, nothing tried is better
+    family = Lasso()
+    found = short.ordinary(family, SimpleNamespace(runs=[10]))
+    drawn = ml2o.problems(family, 10)
+    tried = {
+        "momentum (0.9), tuned": [ml2o.curve(lmo.rules.HeavyBall(rate), drawn, 20) for rate in comparison.grid(0.003, 3.0)],
+        "FISTA, tuned": [comparison.proximal(drawn, 20, True, rate) for rate in comparison.grid(0.003, 10.0)],
+    }
+    for name, curves in tried.items():
+        best = [min(float(curve[budget - 1]) for curve in curves) for budget in (3, 20)]
+        assert found[name].flatten().tolist() == pytest.approx(best)
+    assert len(found) == 7
