@@ -98,7 +98,7 @@ def test_the_lasso_rule_adapts_its_scale_to_problems_far_from_those_it_was_train
     options = {"restart_every": 5, "lr": 0.3, "only": ["log_scale"], "objective": "log", "held_out_steps": 500, "figure": min}
     found = lmo.adapt(rule, lmo.tasks.Lasso(std=200.0), steps=5, seed=1000, **options)
     assert found.kept
-    assert found.before < 0.3  # from about 180 at the start
+    assert found.before < 0.3  # from 168 at the start
     assert found.after < 0.6 * found.before
     assert {name for name, value in found.rule.named_parameters() if not torch.equal(value, rule.get_parameter(name))} == {
         "log_scale"
