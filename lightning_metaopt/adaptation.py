@@ -63,7 +63,7 @@ def adapt(
     """Adapt a copy of ``rule`` to ``family``: Adam on the first windows of a few problems (M-L2O, section 5).
 
     The problems are drawn once and begin anew after ``restart_every`` windows. Five meta-steps are not always for the better:
-    the paper's, on LASSO far from the training problems, make a rule worse. So both rules are then run on other problems
+    the paper's, on LASSO far from the training problems, can make a rule worse. So both rules are then run on other problems
     of the family, and the better one is returned. ``rule`` itself stays as it is.
 
     Args:

@@ -192,6 +192,7 @@ class CoordinatewiseLSTM(Rule):
                     if flat[slot].data_ptr() != leaf.data_ptr():  # it lies in memory in another order
                         leaf.copy_(flat[slot].view_as(leaf))
 
+    @torch.no_grad()
     def _advance_(self, grad: Tensor, flat: Tree, slots: list[str], kept: list[str], count: Tensor) -> Tensor:
         update = torch.empty_like(grad)
         layout = Columns([])
@@ -199,9 +200,10 @@ class CoordinatewiseLSTM(Rule):
             part = slice(begin, begin + self.chunk)
             found, memory = self.features(grad[part], {slot: flat[slot][0, part] for slot in kept}, count)
             held = [flat[slot][:, part] for slot in slots]
-            update[part], after = lstm_step(self, torch.stack(list(found)), held, layout)
+            update[part], after, _ = lstm_forward(self, torch.stack(list(found)), held, layout, in_place=True)
             for slot in kept:
                 flat[slot][0, part] = memory[slot]
-            for slot, value in zip(slots, after, strict=True):
-                flat[slot][:, part] = value
+            for old, value in zip(held, after, strict=True):
+                if old.data_ptr() != value.data_ptr():
+                    old.copy_(value)
         return update

@@ -54,10 +54,12 @@ class LSTMLayer(nn.Module):
 Weights = tuple[Tensor, Tensor, Tensor]
 
 
-def cell_forward(weights: Weights, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def cell_forward(
+    weights: Weights, x: Tensor, hidden: Tensor, cell: Tensor, in_place: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """The equations of :class:`LSTMLayer` without autograd: new state, and the gates, squashed where they lie.
 
-    ``weights`` are those of a layer in the order of its constructor.
+    ``weights`` are those of a layer in the order of its constructor. With ``in_place`` the new state is in the place of the old.
     """
     size = cell.shape[-2]
     gates = affine(weights[2], torch.cat(weights[:2], -1), torch.cat([x, hidden], -2))
@@ -65,8 +67,8 @@ def cell_forward(weights: Weights, x: Tensor, hidden: Tensor, cell: Tensor) -> t
     gates.narrow(-2, 2 * size, size).tanh_()
     gates.narrow(-2, 3 * size, size).sigmoid_()
     enter, forget, candidate, leave = gates.chunk(4, -2)
-    cell = (forget * cell).addcmul_(enter, candidate)
-    return cell.tanh().mul_(leave), cell, gates
+    cell = torch.mul(forget, cell, out=cell if in_place else None).addcmul_(enter, candidate)
+    return torch.tanh(cell, out=hidden if in_place else None).mul_(leave), cell, gates
 
 
 def cell_backward(

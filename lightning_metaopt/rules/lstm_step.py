@@ -80,19 +80,24 @@ def _slots(leaves: Sequence[Tensor], count: int) -> Iterator[Sequence[Tensor]]:
     return (leaves[begin : begin + size] for begin in range(0, len(leaves), size))
 
 
-def lstm_forward(rule: Any, x: Tensor, state: Sequence[Tensor], layout: Columns) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Updates, the state's leaves, and what :func:`lstm_backward` needs."""
+def lstm_forward(
+    rule: Any, x: Tensor, state: Sequence[Tensor], layout: Columns, in_place: bool = False
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Updates, the state's leaves, and what :func:`lstm_backward` needs.
+
+    With ``in_place`` new leaves lie where the old ones did, or, where these are of another precision, have that of ``x``.
+    """
     held = [_cast(layout.columns(slot), x.dtype) for slot in _slots(state, 2 * len(rule.cells))]
     y = rule.enter(x)
     kept, after, below = [y], [], y
     for index, layer in enumerate(rule.cells):
         weights = (layer.weight_input, layer.weight_hidden, layer.bias)
-        hidden, cell, gates = cell_forward(weights, below, held[2 * index], held[2 * index + 1])
+        hidden, cell, gates = cell_forward(weights, below, held[2 * index], held[2 * index + 1], in_place)
         after += [hidden, cell]
         kept += [hidden, cell, gates]
         below = hidden
     out = rule.leave(affine(rule.out_bias, rule.out_weight, below))
-    dtype = state[0].dtype
+    dtype = x.dtype if in_place else state[0].dtype
     leaves = [_cast(leaf, dtype) for slot in after for leaf in layout.leaves(slot)]
     return (rule.factor() * out).squeeze(-2), leaves, [out, *kept]
 
