@@ -296,3 +296,24 @@ def test_elu_is_that_of_torch():
     torch.testing.assert_close(found, expected, rtol=0, atol=1.2e-7)
     double = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda y: elu(y.clone()), double)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_deployed_steps_and_states_are_those_of_meta_training(layers, bf16):
+    generator = torch.Generator().manual_seed(3)
+    rule = rules.RNNprop(layers=layers, bf16=bf16, chunk=64, learn_scale=True)
+    plain = {"a": torch.randn(2, 30, 11, generator=generator), "b": torch.randn(2, 7, generator=generator)}
+    deployed = tree_map(torch.clone, plain)
+    state, own = rule.init(plain), rule.init(deployed)
+    for _ in range(5):
+        grads = tree_map(lambda leaf: torch.randn(leaf.shape, generator=generator), plain)
+        with torch.no_grad():
+            updates, state = rule(grads, state, plain)
+        plain = tree_map(torch.add, plain, updates)
+        rule.forward_(grads, own, deployed)
+    assert own["hidden0"]["a"].dtype is (torch.bfloat16 if bf16 else torch.float32)
+    assert float(own["cell0"]["a"].float().abs().max()) > 0.05
+    for slot, leaves in state.items():
+        torch.testing.assert_close(own[slot], leaves, rtol=0, atol=1e-6, msg=slot)
+    torch.testing.assert_close(deployed, plain, rtol=0, atol=1e-6)
