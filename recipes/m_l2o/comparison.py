@@ -164,7 +164,7 @@ AGAINST = ("Transfer Learning", "Direct Transfer")
 
 
 def difference(values: Mapping[str, Tensor], one: str, other: str) -> str:
-    """Its interval on the same meta-seeds and runs; of the second-order rules there are fewer meta-seeds, the first ones."""
+    """Its interval on the same meta-seeds and runs; where one has fewer meta-seeds, on the first ones."""
     if one not in values or other not in values:
         return ""
     count = min(len(values[one]), len(values[other]))

@@ -2,9 +2,9 @@
 
     python recipes/m_l2o/ml2o.py [FOLDER] [--profile short|standard|paper] [--methods ...]    # meta-trains rules and saves them
 
-The rules of ``results/rules`` were made by this command with the standard profile (``scaled`` with ``--together``;
-``short-budgets`` by ``short_budgets.py``); the recipes load them, or those of a folder that is named with ``--rules``. The profile
-"paper" is the published schedule with its curriculum, and takes days.
+The rules of ``results/rules`` were made by this command with ``--together`` (``short-budgets`` by ``short_budgets.py``); the
+recipes load them, or those of a folder that is named with ``--rules``. The profile "short" takes a seventh of the time; "paper" is
+the published schedule with its curriculum, and takes days.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Is there an M-L2O that beats transfer learning and direct transfer far from the training problems? Every configuration tried.
 
-    python recipes/m_l2o/search.py [FOLDER]      # about half an hour; goes on where it was stopped; writes search.csv
+    python recipes/m_l2o/search.py [FOLDER]      # about an hour; goes on where it was stopped; writes search.csv
 
 Each variant is meta-trained plainly (Transfer Learning, or Direct Transfer if it does not adapt) and for adaptation (M-L2O), on
 the same problems for as many windows; each of the rules then adapts to sigma = 100 and 200 in every way that is listed. Tuning
