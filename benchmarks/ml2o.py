@@ -142,15 +142,15 @@ def higher_window(plain: Plain, task: Task, x: Tensor) -> tuple[Tensor, ...]:
 Window = Callable[[], tuple[Tensor, ...] | list[Tensor]]
 
 
-def windows() -> dict[str, Window]:
+def windows(problems: int = PROBLEMS) -> dict[str, Window]:
     """What is compared, on the same problems from the same start, after a check that the gradients agree."""
     rule = RNNprop(seed=0)
     plain = Plain(rule)
-    task = lmo.tasks.Lasso().draw(seed=0, size=PROBLEMS)
+    task = lmo.tasks.Lasso().draw(seed=0, size=problems)
     begin = start(rule, task)
     x = begin.params["theta"]
     stacked = Stacked([RNNprop(seed=seed) for seed in range(3)])
-    thrice = start(stacked, lmo.tasks.Repeated(lmo.tasks.Lasso(), 3).draw(seed=0, size=3 * PROBLEMS))
+    thrice = start(stacked, lmo.tasks.Repeated(lmo.tasks.Lasso(), 3).draw(seed=0, size=3 * problems))
 
     def ours(which: Rule, episode: Episode, objective: Objective, first_order: bool) -> Window:
         metagrad = lmo.Unrolled(STEPS, first_order=first_order)
@@ -179,8 +179,8 @@ def norm(gradient: tuple[Tensor, ...] | list[Tensor]) -> float:
     return float(torch.stack([leaf.norm() for leaf in seen]).norm())
 
 
-def report_windows(turns: int) -> None:
-    made = windows()
+def report_windows(turns: int, problems: int) -> None:
+    made = windows(problems)
     names = list(made)
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(turns + 1):
@@ -258,6 +258,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="5 turns")
     parser.add_argument("--turns", type=int, default=25, help="turns that count")
+    parser.add_argument("--problems", type=int, default=PROBLEMS, help="of a window; with 1 nothing is left but the cost of calls")
     parser.add_argument("--only", choices=["window", "deployment"], help="one of the two parts")
     parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--bf16", action="store_true", help=argparse.SUPPRESS)
@@ -269,7 +270,7 @@ def main() -> None:
         return
     turns = 5 if args.quick else args.turns
     if args.only != "deployment":
-        report_windows(turns)
+        report_windows(turns, args.problems)
     if args.only != "window":
         report_deployment(max(3, turns // 3), [100_000, 300_000, 1_000_000])
 

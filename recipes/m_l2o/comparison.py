@@ -30,6 +30,7 @@ CLASSICAL: dict[str, tuple[Make, tuple[float, float]]] = {
     "Adam (0.9, 0.999)": (Adam, (1e-4, 0.3)),
     "Adam (0.95, 0.95)": (partial(Adam, beta1=0.95, beta2=0.95), (1e-4, 0.3)),
 }
+ORDINARY = ("ISTA", "FISTA", *CLASSICAL)
 
 
 def best_rate(make: Make, family: TaskFamily, rates: Sequence[float], steps: int = ml2o.STEPS) -> float:
@@ -209,9 +210,6 @@ def report(
         draw_curves(folder / f"sigma_{sigma:g}.png", found[sigma], f"{title}, sigma = {sigma:g}")
     (folder / "table.md").write_text("\n".join(lines) + "\n")
     return lines
-
-
-ORDINARY = ("ISTA", "FISTA", *CLASSICAL)
 
 
 def draw_curves(path: Path, rows: Mapping[str, Tensor], title: str) -> None:

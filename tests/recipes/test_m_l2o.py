@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from recipe_script import load_script
 
 import lightning_metaopt as lmo
@@ -220,3 +221,16 @@ def test_short_budgets_tune_every_optimizer_for_each_budget(monkeypatch, compari
         best = [min(float(curve[budget - 1]) for curve in curves) for budget in (3, 20)]
         assert found[name].flatten().tolist() == pytest.approx(best)
     assert len(found) == 7
+
+
+def test_points_are_the_meta_seeds_around_the_interval_of_all(ml2o):
+    axes = Figure().add_subplot()
+    figures = [torch.tensor([[1.0, 3.0], [4.0, 6.0]]), torch.tensor([[0.0, 2.0], [0.0, 2.0]])]
+    ml2o.draw_points(axes, [0.0, 1.0], figures, "a method")
+    points = [line.get_ydata().tolist() for line in axes.lines if line.get_marker() == "."]
+    assert points == [[2.0, 5.0], [1.0, 1.0]]
+    ((container,), (label,)) = axes.get_legend_handles_labels()
+    assert label == "a method"
+    assert container[0].get_ydata().tolist() == [3.5, 1.0]
+    ends = container[1][1].get_ydata() - container[1][0].get_ydata()
+    assert ends.tolist() == pytest.approx([2 * ml2o.Interval.of(values).both for values in figures])
