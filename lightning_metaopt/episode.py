@@ -16,11 +16,12 @@ from lightning_metaopt.rule import Rule, State, under
 from lightning_metaopt.task import Task
 from lightning_metaopt.tree import Tree, cat, detach, select, tree_map
 
-__all__ = ["Episode", "Order", "differentiable_attention", "start", "step", "unroll"]
+__all__ = ["Episode", "Order", "differentiable_attention", "full_precision", "start", "step", "unroll"]
 
-Order = Literal["none", "first", "second", "forward"]
+Order = Literal["none", "first", "second", "forward", "local"]
 """What the inner loop keeps for differentiation: nothing; the updates, with inner gradients held constant; everything,
-so that inner gradients are differentiated too; or no graph, but the tangents of forward mode."""
+so that inner gradients are differentiated too; no graph, but the tangents of forward mode; or only each inner gradient's own
+graph, from the iterate that it was taken at, for rules that put the rest together themselves (``Rule.trace``)."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,11 @@ def start(rule: Rule, task: Task, generator: torch.Generator | None = None, phi:
 
 def differentiable_attention(order: Order) -> AbstractContextManager[None]:
     """Where attention has to be computed by the plain kernel: the fused ones have neither second nor forward derivatives."""
-    return sdpa_kernel(SDPBackend.MATH) if order in ("second", "forward") else nullcontext()
+    return sdpa_kernel(SDPBackend.MATH) if order in ("second", "forward", "local") else nullcontext()
 
 
-def _full_precision(params: Tree) -> AbstractContextManager[None]:
-    # A rule computes in the precision of the parameters: bf16 matrix products would blur the meta-gradient.
+def full_precision(params: Tree) -> AbstractContextManager[None]:
+    """Where a rule computes, in the precision of the parameters: bf16 matrix products would blur the meta-gradient."""
     device = next(iter(params.values())).device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
@@ -160,7 +161,7 @@ def step(rule: Rule, episode: Episode, order: Order = "none", alone: bool = Fals
         batch = episode.task.batch(episode.step)
         task = episode.task
         loss = task.loss_alone(params, buffers, batch) if alone else task.loss(params, buffers, batch)
-        graph = twice or order == "forward"
+        graph = twice or order in ("forward", "local")
         found = torch.autograd.grad(
             loss if alone else loss.sum(), list(params.values()), create_graph=graph, allow_unused=True, materialize_grads=True
         )
@@ -169,10 +170,10 @@ def step(rule: Rule, episode: Episode, order: Order = "none", alone: bool = Fals
     values = loss if twice else loss.detach()
     if order == "forward":
         grads, values = _with_tangents(grads, values, params, episode.params)
-    params = params if twice else episode.params
+    params = params if twice or order == "local" else episode.params
     if order == "first":
         values = _attach_gradient(values, grads, params)
-    with torch.set_grad_enabled(order in ("first", "second")), _full_precision(params):
+    with torch.set_grad_enabled(order in ("first", "second")), full_precision(params):
         updates, state = rule(grads, episode.state, params, values)
         params = tree_map(torch.add, params, updates)
     return replace(episode, params=params, buffers=detach(buffers), state=state, step=episode.step + 1), values

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from lightning_metaopt.tree import Tree, escape, unescape
 
-__all__ = ["Rule", "State", "Traced", "per_parameter", "under"]
+__all__ = ["Rule", "State", "Trace", "per_parameter", "under"]
 
 State = dict[str, Tree]
 """Slots of a rule (``"momentum"``, ``"step"``) to trees with one leaf ``(B, ...)`` for each parameter."""
@@ -92,6 +92,15 @@ class Rule(nn.Module, ABC):
         for name, update in updates.items():
             params[name].add_(update, alpha=1.0 if scale is None else scale[name])
 
+    def trace(self, state: State, second: bool) -> Trace | None:
+        """Steps from ``state`` that know their derivative, or ``None`` (the default), if only autograd does.
+
+        Args:
+            state: before the first step.
+            second: differentiate gradients too, as functions of the iterates; otherwise they are constants.
+        """
+        return None
+
     def once(self, key: str, compute: Callable[[], Tree]) -> Tree:
         """``compute()``, for quantities of phi alone such as :math:`1/\\Lambda^2`: within an unroll they are computed, and
         differentiated, one time instead of at every step. ``key`` names them within the rule.
@@ -125,19 +134,35 @@ class Rule(nn.Module, ABC):
         return {unescape(name): float(value.detach().float().mean()) for name, value in self.named_parameters()}
 
 
-@runtime_checkable
-class Traced(Protocol):
-    """What a rule offers whose derivative is written by hand, for gradients that are constants: then a whole window is
-    differentiated without a graph. Its updates must not depend on the parameters.
+class Trace(ABC):
+    """Steps of a rule whose derivative is written by hand: a window of them is differentiated without a graph, or with
+    one of no more than each gradient. Updates must not depend on the parameters or the loss but through gradients.
     """
 
-    def trace(self, grads: Tree, state: State) -> tuple[Tree, State, Any]:
-        """:meth:`Rule.forward` and whatever :meth:`pull` needs."""
-
-    def pull(self, tape: Any, updates: Tree, state: State) -> tuple[Tree, State]:
-        """From the derivatives of a number with respect to a step's updates and its new state to those with respect to phi, by
-        name, and to the old state. Slots that only gradients reach may be missing, in both.
+    @abstractmethod
+    def step(self, grads: Tree, params: Tree) -> Tree:
+        """Updates, as from :meth:`Rule.forward`; no autograd around it. In second order ``grads`` have a graph that begins at
+        the leaves ``params``.
         """
+
+    @property
+    @abstractmethod
+    def state(self) -> State:
+        """The rule's state after the last step."""
+
+    @abstractmethod
+    def turn(self, state: State) -> None:
+        """From here on back, with the derivatives of a number with respect to :attr:`state`'s slots of floating-point numbers."""
+
+    @abstractmethod
+    def back(self, updates: Tree) -> Tree:
+        """Over the last step that is left, from derivatives with respect to its updates to what they add, by way of its gradients,
+        to those with respect to the parameters before it: nothing in first order.
+        """
+
+    @abstractmethod
+    def grads(self) -> Tree:
+        """Derivatives with respect to phi, by name, of all steps that :meth:`back` went over."""
 
 
 def per_parameter(shapes: Mapping[str, Sequence[int]], fill: float | Callable[[tuple[int, ...]], Tensor]) -> nn.ParameterDict:

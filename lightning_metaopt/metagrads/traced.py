@@ -1,51 +1,62 @@
-"""The gradient of a window without a graph, for rules whose derivative is written by hand."""
+"""The gradient of a window for rules that know the derivative of their steps."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from lightning_metaopt.episode import Episode, unroll
+from lightning_metaopt.episode import Episode, full_precision, unroll
 from lightning_metaopt.objectives import Objective
-from lightning_metaopt.rule import Rule, State, Traced
-from lightning_metaopt.tree import Tree, expand_to, tree_map
+from lightning_metaopt.rule import Rule, State, Trace
+from lightning_metaopt.tree import Tree, detach, tree_map
 
 __all__ = ["traced_window"]
 
 
 @final
 class _Recorder(Rule):
-    # Steps of a traced rule, with what their derivatives need.
+    # Steps of a trace as those of a rule. The state is the trace's own.
 
-    def __init__(self, rule: Any) -> None:
+    def __init__(self, trace: Trace) -> None:
         super().__init__()
-        self.rule = rule
-        self.tapes: list[tuple[Tree, Any]] = []
+        self.steps = trace
+        self.gradients: list[Tree] = []
 
     @property
     def config(self) -> dict[str, Any]:
         return {}
 
     def forward(self, grads: Tree, state: State, params: Tree, loss: Tensor | None = None) -> tuple[Tree, State]:
-        updates, after, tape = self.rule.trace(grads, state)
-        self.tapes.append((grads, tape))
-        return updates, after
+        self.gradients.append(detach(grads))
+        return self.steps.step(grads, params), state
 
 
-def traced_window(rule: Rule, episode: Episode, objective: Objective, steps: int) -> tuple[Tensor, Tree, Episode]:
-    """Value, gradient with inner gradients held constant, and the episode after ``steps`` steps.
+def traced_window(
+    rule: Rule, trace: Trace, episode: Episode, objective: Objective, steps: int, second: bool
+) -> tuple[Tensor, Tree, Episode]:
+    """Value, gradient, and the episode after ``steps`` steps.
 
     With constant gradients :math:`g_t` the iterates are :math:`\\theta_{t+1} = \\theta_t + u_t`, and the derivative of the
     objective with respect to :math:`u_t` is its derivative with respect to :math:`\\theta_T` plus the sum of
-    :math:`\\partial L/\\partial f_s\\, g_s` over the later steps :math:`s`: all of it is known when the window ends.
+    :math:`\\partial L/\\partial f_s\\, g_s` over the later steps :math:`s`: all of it is known when the window ends. In second order
+    each :math:`g_t` keeps a graph of its own, back to :math:`\\theta_t` and no further; a product with its Hessian is what
+    comes to the derivative on the way back.
+
+    Args:
+        rule: whose ``trace`` it is.
+        trace: made for the episode's state.
+        episode: where to start.
+        objective: what to differentiate.
+        steps: the window's length.
+        second: differentiate gradients too.
     """
-    traced: Any = rule
-    assert isinstance(traced, Traced)
-    recorder = _Recorder(rule)
-    end, losses = unroll(recorder, episode, steps)
+    recorder = _Recorder(trace)
+    end, losses = unroll(recorder, episode, steps, order="local" if second else "none")
+    end = replace(end, state=trace.state)
     slots = [slot for slot in end.state if any(leaf.is_floating_point() for leaf in end.state[slot].values())]
     leaf = replace(
         end,
@@ -63,13 +74,22 @@ def traced_window(rule: Rule, episode: Episode, objective: Objective, steps: int
     params = {name: next(found) for name in leaf.params}
     state: State = {slot: {name: next(found) for name in leaf.params} for slot in slots}
     weights = next(found)
-    total = {name: next(found).clone() for name in names}
-    for weight, (grads, tape) in zip(reversed(weights), reversed(recorder.tapes), strict=True):
-        own, state = traced.pull(tape, params, state)
-        for name, grad in own.items():
-            total[name] += grad
-        params = {name: torch.addcmul(leaf, grads[name], expand_to(weight, leaf)) for name, leaf in params.items()}
-    return value.detach(), total, end
+    total = {name: next(found) for name in names}
+    with torch.no_grad(), full_precision(params):
+        trace.turn(state)
+        direct = {name: _weighted([grads[name] for grads in recorder.gradients], weights) for name in params}
+        for index in reversed(range(steps)):
+            through = trace.back(params)
+            params = {name: leaf + direct[name][index] for name, leaf in params.items()}
+            for name, part in through.items():
+                params[name].add_(part)
+        own = trace.grads()
+    return value.detach(), {name: grad + own[name] if name in own else grad for name, grad in total.items()}, end
+
+
+def _weighted(gradients: Sequence[Tensor], weights: Tensor) -> Sequence[Tensor]:
+    stacked = torch.stack(list(gradients))
+    return stacked.mul_(weights.view(*weights.shape, *(1,) * (stacked.dim() - 2))).unbind()
 
 
 def _leaf(value: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from lightning_metaopt.episode import Episode, Order, unroll
 from lightning_metaopt.metagrads.base import Estimate, MetaGradient
 from lightning_metaopt.metagrads.traced import traced_window
 from lightning_metaopt.objectives import Objective
-from lightning_metaopt.rule import Rule, State, Traced
+from lightning_metaopt.rule import Rule, State
 from lightning_metaopt.tree import Tree, detach, tree_map
 
 __all__ = ["Unrolled"]
@@ -113,8 +113,9 @@ class Unrolled(MetaGradient):
         return "first" if self.first_order else "second"
 
     def _plain(self, rule: Rule, episode: Episode, objective: Objective) -> tuple[Tensor, Tree, Episode]:
-        if self.first_order and isinstance(rule, Traced):
-            return traced_window(rule, episode, objective, self.window)
+        trace = rule.trace(episode.state, second=not self.first_order)
+        if trace is not None:
+            return traced_window(rule, trace, episode, objective, self.window, second=not self.first_order)
         end, losses = unroll(rule, episode, self.window, order=self._order)
         with torch.enable_grad():
             value = objective(rule, episode, end, losses).mean()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_metaopt.rule import State
-from lightning_metaopt.rules.l2o_base import CoordinatewiseLSTM
+from lightning_metaopt.rules.l2o_base import CoordinatewiseLSTM, Seen
 from lightning_metaopt.tree import Tree
 
 __all__ = ["L2O"]
@@ -42,8 +42,8 @@ class L2O(CoordinatewiseLSTM):
     Raises:
         ValueError: for sizes below 1, or a scale or ``p`` that is not positive.
 
-    >>> features, _ = L2O().features(torch.tensor([math.e, -1.0, 0.0]), {}, torch.tensor(1.0))
-    >>> [[round(value, 3) for value in feature.tolist()] for feature in features]
+    >>> seen = L2O().features(torch.tensor([math.e, -1.0, 0.0]), {}, torch.tensor(1.0))
+    >>> [[round(value, 3) for value in feature.tolist()] for feature in seen.features]
     [[0.1, 0.0, -1.0], [1.0, -1.0, 0.0]]
     """
 
@@ -79,14 +79,20 @@ class L2O(CoordinatewiseLSTM):
     def memory(self, params: Tree) -> State:
         return {}
 
-    def features(self, grad: Tensor, memory: Mapping[str, Tensor], count: Tensor) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
+    def features(self, grad: Tensor, memory: Mapping[str, Tensor], count: Tensor) -> Seen:
         logarithm = grad.abs().clamp(min=math.exp(-self.p)).log() / self.p
-        return (logarithm, (math.exp(self.p) * grad).clamp(-1, 1)), {}
+        return Seen((logarithm, (math.exp(self.p) * grad).clamp(-1, 1)), {})
 
-    def enter(self, x: Tensor) -> Tensor:
-        return x
+    def features_backward(
+        self, grad: Tensor, seen: Seen, arriving: Sequence[Tensor], memory: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        large, small = arriving
+        return torch.where(grad.abs() >= math.exp(-self.p), large / (self.p * grad), math.exp(self.p) * small), {}
 
-    def enter_backward(self, phi: Tree, x: Tensor, y: Tensor, grad: Tensor) -> tuple[Tree, Tensor]:
+    def enter(self, phi: Tree, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return x if out is None else out.copy_(x)
+
+    def enter_backward(self, phi: Tree, x: Tensor, y: Tensor, grad: Tensor, through: bool = True) -> tuple[Tree, Tensor]:
         return {}, grad
 
     def leave(self, out: Tensor) -> Tensor:

@@ -5,17 +5,30 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_metaopt.rule import Rule, State
 from lightning_metaopt.rules.lstm_cell import LSTMLayer, affine, linear_map
-from lightning_metaopt.rules.lstm_step import Columns, lstm_backward, lstm_forward, lstm_step
+from lightning_metaopt.rules.lstm_columns import Columns
+from lightning_metaopt.rules.lstm_step import layers_of, lstm_forward, lstm_step
+from lightning_metaopt.rules.lstm_trace import LSTMTrace
 from lightning_metaopt.tree import Tree, expand_to
 
-__all__ = ["CoordinatewiseLSTM"]
+__all__ = ["CoordinatewiseLSTM", "Seen"]
+
+
+class Seen(NamedTuple):
+    """What a rule's features make of a gradient."""
+
+    features: Sequence[Tensor]
+    """Each of the gradient's shape."""
+    memory: dict[str, Tensor]
+    """The features' own state after the step."""
+    kept: Sequence[Tensor] = ()
+    """What :meth:`CoordinatewiseLSTM.features_backward` needs besides."""
 
 
 class CoordinatewiseLSTM(Rule):
@@ -79,16 +92,26 @@ class CoordinatewiseLSTM(Rule):
         """The features' own state at the start, slots of leaves like the parameters'."""
 
     @abstractmethod
-    def features(self, grad: Tensor, memory: Mapping[str, Tensor], count: Tensor) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
-        """Features, each of the gradient's shape, and the new memory; element by element, in the step number ``count`` (from 1)."""
+    def features(self, grad: Tensor, memory: Mapping[str, Tensor], count: Tensor) -> Seen:
+        """Features and the new memory, element by element, in the step number ``count`` (from 1)."""
 
     @abstractmethod
-    def enter(self, x: Tensor) -> Tensor:
-        """What goes before the first layer, ``(number of features, N)`` to ``(features, N)``."""
+    def features_backward(
+        self, grad: Tensor, seen: Seen, arriving: Sequence[Tensor], memory: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """From derivatives with respect to the features (``arriving``) and to the new memory to those with respect to the gradient
+        and to the old memory; without autograd.
+        """
 
     @abstractmethod
-    def enter_backward(self, phi: Tree, x: Tensor, y: Tensor, grad: Tensor) -> tuple[Tree, Tensor]:
-        """Of :meth:`enter` at ``x``, where its value is ``y``: derivatives by name of the meta-parameter, and that of ``x``."""
+    def enter(self, phi: Tree, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """What goes before the first layer, ``(number of features, N)`` to ``(features, N)``, with ``out`` written there."""
+
+    @abstractmethod
+    def enter_backward(self, phi: Tree, x: Tensor, y: Tensor, grad: Tensor, through: bool = True) -> tuple[Tree, Tensor]:
+        """Of :meth:`enter` at ``x``, where its value is ``y``: derivatives by name of the meta-parameter, and that of ``x``,
+        which is not looked at without ``through``.
+        """
 
     @abstractmethod
     def leave(self, out: Tensor) -> Tensor:
@@ -101,7 +124,7 @@ class CoordinatewiseLSTM(Rule):
     def init(self, params: Tree) -> State:
         state = self.memory(params)
         state["step"] = {name: torch.zeros(len(leaf), dtype=torch.float32, device=leaf.device) for name, leaf in params.items()}
-        for slot in self._slots():
+        for slot in self.slots():
             state[slot] = {name: self._zeros(leaf) for name, leaf in params.items()}
         return state
 
@@ -110,77 +133,55 @@ class CoordinatewiseLSTM(Rule):
         dtype = torch.bfloat16 if self.bf16 else leaf.dtype
         return torch.zeros(len(leaf), self.hidden, *leaf.shape[1:], dtype=dtype, device=leaf.device)
 
-    def _slots(self) -> list[str]:
+    def slots(self) -> list[str]:
+        """The network's own: hidden and cell state by layer."""
         return [f"{part}{index}" for index in range(len(self.cells)) for part in ("hidden", "cell")]
 
-    def factor(self) -> Tensor | float:
-        """What the last layer is multiplied by."""
-        return self.scale if self.log_scale is None else self.factor_of(self.log_scale)
-
-    def factor_of(self, log_scale: Tensor) -> Tensor:
-        """:meth:`factor` from its logarithm; with an axis of replicas, so that it fits their columns."""
-        return log_scale.exp()[..., None, None]
+    def factor(self, phi: Tree) -> Tensor | float:
+        """What the last layer is multiplied by; learned ones have axes that fit columns, also those of replicas."""
+        return phi["log_scale"].exp()[..., None, None] if "log_scale" in phi else self.scale
 
     def plain(self, x: Tensor, state: Sequence[Tensor], layout: Columns) -> tuple[Tensor, list[Tensor]]:
         """Updates ``(N,)`` and new state from the columns ``x`` of features: **the definition of the step**."""
-        count = len(state) // (2 * len(self.cells))
+        phi, count = dict(self.named_parameters()), len(state) // (2 * len(self.cells))
         held = [layout.columns(state[begin : begin + count]).to(x.dtype) for begin in range(0, len(state), count)]
-        x = self.enter(x)
+        x = self.enter(phi, x)
         after: list[Tensor] = []
         for layer, hidden, cell in zip(self.cells, held[::2], held[1::2], strict=True):
             after += layer(x, hidden, cell)
             x = after[-2]
-        out = self.leave(affine(self.out_bias, self.out_weight, x))
-        return (self.factor() * out).squeeze(-2), [leaf.to(state[0].dtype) for slot in after for leaf in layout.leaves(slot)]
+        out = self.leave(affine(self.out_bias.unsqueeze(-1), self.out_weight, x))
+        return (self.factor(phi) * out).squeeze(-2), [leaf.to(state[0].dtype) for slot in after for leaf in layout.leaves(slot)]
 
     def forward(self, grads: Tree, state: State, params: Tree, loss: Tensor | None = None) -> tuple[Tree, State]:
-        x, new, layout = self._seen(grads, state)
-        leaves = [state[slot][name] for slot in self._slots() for name in grads]
-        return self._named(grads, new, layout, *lstm_step(self, x, leaves, layout))
-
-    @torch.no_grad()
-    def trace(self, grads: Tree, state: State) -> tuple[Tree, State, Any]:
-        """See :class:`~lightning_metaopt.rule.Traced`."""
-        x, new, layout = self._seen(grads, state)
-        leaves = [state[slot][name] for slot in self._slots() for name in grads]
-        out, after, kept = lstm_forward(self, x, leaves, layout)
-        return *self._named(grads, new, layout, out, after), (layout, x, leaves, kept)
-
-    @torch.no_grad()
-    def pull(self, tape: Any, updates: Tree, state: State) -> tuple[Tree, State]:
-        """See :class:`~lightning_metaopt.rule.Traced`."""
-        layout, x, leaves, kept = tape
-        row = layout.columns([leaf.unsqueeze(1) for leaf in updates.values()]).squeeze(-2)
-        coming = [state[slot][name] if slot in state else None for slot in self._slots() for name in updates]
-        found, _, before = lstm_backward(self, layout, dict(self.named_parameters()), x, leaves, kept, row, coming)
-        return found, self._slotted(updates, before)
-
-    def _seen(self, grads: Tree, state: State) -> tuple[Tensor, State, Columns]:
-        # Features as columns, and the new state but for the network's part: all coordinates of all parameters and problems at
-        # once, for a few large matrix products.
-        new: State = {slot: {} for slot in state}
-        kept = [slot for slot in state if slot not in (*self._slots(), "step")]
-        seen = []
-        for name, grad in grads.items():
-            count = new["step"][name] = state["step"][name] + 1
-            found, memory = self.features(grad, {slot: state[slot][name] for slot in kept}, expand_to(count, grad))
-            seen.append(torch.stack(list(found), 1))
-            for slot in kept:
-                new[slot][name] = memory[slot]
+        slots = self.slots()
         layout = Columns([grad.shape for grad in grads.values()], self.replicas)
-        return layout.columns(seen), new, layout
+        memory = {slot: tree for slot, tree in state.items() if slot not in (*slots, "step")}
+        count = {name: state["step"][name] + 1 for name in grads}
+        x, seen = self.see(grads, memory, count, layout)
+        row, after = lstm_step(self, x, [state[slot][name] for slot in slots for name in grads], layout)
+        found = {slot: dict(zip(grads, after[index * len(grads) :], strict=False)) for index, slot in enumerate(slots)}
+        new = {slot: {name: one.memory[slot] for name, one in seen.items()} for slot in memory}
+        return dict(zip(grads, layout.unrow(row), strict=True)), new | {"step": count} | found
 
-    def _named(self, grads: Tree, new: State, layout: Columns, out: Tensor, after: list[Tensor]) -> tuple[Tree, State]:
-        updates = {name: part.squeeze(1) for name, part in zip(grads, layout.leaves(out.unsqueeze(-2)), strict=True)}
-        return updates, new | self._slotted(grads, after)
+    def see(self, grads: Tree, memory: State, count: Tree, layout: Columns) -> tuple[Tensor, dict[str, Seen]]:
+        """Features as columns, all coordinates of all parameters and problems at once for a few large matrix products, and what
+        they are, by name of the parameter. ``count`` is the step's.
+        """
+        seen = {}
+        for name, grad in grads.items():
+            seen[name] = self.features(grad, {slot: tree[name] for slot, tree in memory.items()}, expand_to(count[name], grad))
+        rows = zip(*(one.features for one in seen.values()), strict=True)
+        return torch.stack([layout.row(row) for row in rows], -2), seen
 
-    def _slotted(self, grads: Tree, leaves: list[Tensor]) -> State:
-        return {slot: dict(zip(grads, leaves[index * len(grads) :], strict=False)) for index, slot in enumerate(self._slots())}
+    def trace(self, state: State, second: bool) -> LSTMTrace | None:
+        # States of another precision are rounded between steps, which a trace does not do.
+        return None if self.bf16 else LSTMTrace(self, dict(self.named_parameters()), state, second)
 
     def forward_(
         self, grads: Tree, state: State, params: Tree, loss: Tensor | None = None, scale: Mapping[str, float] | None = None
     ) -> None:
-        slots, kept = self._slots(), [slot for slot in state if slot not in (*self._slots(), "step")]
+        slots, kept = self.slots(), [slot for slot in state if slot not in (*self.slots(), "step")]
         for name, grad in grads.items():
             state["step"][name].add_(1)
             for index in range(len(grad)):
@@ -195,15 +196,17 @@ class CoordinatewiseLSTM(Rule):
     @torch.no_grad()
     def _advance_(self, grad: Tensor, flat: Tree, slots: list[str], kept: list[str], count: Tensor) -> Tensor:
         update = torch.empty_like(grad)
-        layout = Columns([])
+        phi = dict(self.named_parameters())
+        layers = layers_of(phi)
         for begin in range(0, len(grad), self.chunk):
             part = slice(begin, begin + self.chunk)
-            found, memory = self.features(grad[part], {slot: flat[slot][0, part] for slot in kept}, count)
-            held = [flat[slot][:, part] for slot in slots]
-            update[part], after, _ = lstm_forward(self, torch.stack(list(found)), held, layout, in_place=True)
+            seen = self.features(grad[part], {slot: flat[slot][0, part] for slot in kept}, count)
+            stored = [flat[slot][:, part] for slot in slots]
+            held = [leaf.to(grad.dtype) for leaf in stored]
+            update[part], after, _ = lstm_forward(self, phi, layers, torch.stack(list(seen.features)), held, in_place=True)
             for slot in kept:
-                flat[slot][0, part] = memory[slot]
-            for old, value in zip(held, after, strict=True):
+                flat[slot][0, part] = seen.memory[slot]
+            for old, value in zip(stored, after, strict=True):
                 if old.data_ptr() != value.data_ptr():
                     old.copy_(value)
         return update

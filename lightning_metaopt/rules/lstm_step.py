@@ -14,42 +14,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lightning_metaopt.rule import Rule, under
-from lightning_metaopt.rules.lstm_cell import affine, cell_backward, cell_forward
+from lightning_metaopt.rules.lstm_cell import Gates, affine, cell_backward, cell_forward, unjoined
+from lightning_metaopt.rules.lstm_columns import Columns
 from lightning_metaopt.tree import Tree
 
-__all__ = ["Columns", "lstm_backward", "lstm_forward", "lstm_step"]
-
-
-class Columns:
-    """How leaves ``(B, k, *shape)`` of parameters ``(B, *shape)`` become the columns of one matrix ``(k, N)``, and back.
-
-    With replicas the matrix is ``(R, k, N / R)``, and problems come replica by replica. Without shapes the leaf of the only
-    parameter is such a matrix already.
-    """
-
-    def __init__(self, shapes: Sequence[torch.Size], replicas: int | None = None) -> None:
-        self.shapes, self.replicas = shapes, replicas
-
-    def columns(self, leaves: Sequence[Tensor]) -> Tensor:
-        """Of one slot, with a leaf for each parameter; without a copy where the last step left it so."""
-        if not self.shapes:
-            return leaves[0]
-        found = [leaf.transpose(0, 1).reshape(leaf.shape[1], *self._split) for leaf in leaves]
-        joined = found[0] if len(found) == 1 else torch.cat(found, -1)
-        return joined if self.replicas is None else joined.transpose(0, 1)
-
-    def leaves(self, columns: Tensor) -> list[Tensor]:
-        """The inverse."""
-        if not self.shapes:
-            return [columns]
-        columns = columns if self.replicas is None else columns.transpose(0, 1)
-        sizes = [shape.numel() // (self.replicas or 1) for shape in self.shapes]
-        pieces = columns.split(sizes, -1) if len(sizes) > 1 else [columns]
-        return [piece.reshape(len(columns), *shape).transpose(0, 1) for piece, shape in zip(pieces, self.shapes, strict=True)]
-
-    @property
-    def _split(self) -> tuple[int, ...]:
-        return (-1,) if self.replicas is None else (self.replicas, -1)
+__all__ = ["layer_names", "layers_of", "lstm_forward", "lstm_step", "output_backward"]
 
 
 def lstm_step(rule: Any, x: Tensor, state: Sequence[Tensor], layout: Columns) -> tuple[Tensor, list[Tensor]]:
@@ -61,14 +30,25 @@ def lstm_step(rule: Any, x: Tensor, state: Sequence[Tensor], layout: Columns) ->
         state: leaves, slot by slot, parameter by parameter.
         layout: between leaves and columns.
     """
+    phi = dict(rule.named_parameters())
     if not torch.is_grad_enabled():
-        return lstm_forward(rule, x, state, layout)[:2]
-    phi = [value for _, value in rule.named_parameters()]
-    if any(forward_ad.unpack_dual(value).tangent is not None for value in (x, *phi, *state)):
+        return _forward(rule, phi, x, state, layout)[:2]
+    if any(forward_ad.unpack_dual(value).tangent is not None for value in (x, *phi.values(), *state)):
         found: tuple[Tensor, list[Tensor]] = rule.plain(x, state, layout)
         return found
-    update, *after = _Step.apply(rule, layout, len(phi), x, *phi, *state)  # type: ignore[no-untyped-call]  # torch has no types here
+    update, *after = _Step.apply(rule, layout, list(phi), x, *phi.values(), *state)  # type: ignore[no-untyped-call]  # torch
     return update, after
+
+
+def layers_of(phi: Tree) -> list[Gates]:
+    """The layers' weights, joined."""
+    count = sum(name.endswith(".weight_hidden") for name in phi)
+    return [Gates.of(*(phi[name] for name in layer_names(index))) for index in range(count)]
+
+
+def layer_names(index: int) -> list[str]:
+    """Of the weights of layer ``index`` in phi."""
+    return [f"cells.{index}.{part}" for part in ("weight_input", "weight_hidden", "bias")]
 
 
 def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -81,33 +61,38 @@ def _slots(leaves: Sequence[Tensor], count: int) -> Iterator[Sequence[Tensor]]:
 
 
 def lstm_forward(
-    rule: Any, x: Tensor, state: Sequence[Tensor], layout: Columns, in_place: bool = False
+    rule: Any, phi: Tree, layers: Sequence[Gates], x: Tensor, held: Sequence[Tensor], in_place: bool = False
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Updates, the state's leaves, and what :func:`lstm_backward` needs.
+    """Updates, the new state's columns, and what derivatives need: the last layer's output and each layer's input and gates.
 
-    With ``in_place`` new leaves lie where the old ones did, or, where these are of another precision, have that of ``x``.
+    ``held`` is the old state's, hidden and cell by layer; with ``in_place`` the new one is where that was.
     """
+    kept, after, below = [], [], rule.enter(phi, x)
+    for index, layer in enumerate(layers):
+        old, cell = held[2 * index : 2 * index + 2]
+        joint = torch.cat([below, old], -2)
+        below, cell, gates = cell_forward(layer, joint, cell, hidden=old if in_place else None, out=cell if in_place else None)
+        after += [below, cell]
+        kept += [joint, gates]
+    out = rule.leave(affine(phi["out_bias"].unsqueeze(-1), phi["out_weight"], below))
+    return (rule.factor(phi) * out).squeeze(-2), after, [out, *kept]
+
+
+def _forward(
+    rule: Any, phi: Tree, x: Tensor, state: Sequence[Tensor], layout: Columns
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     held = [_cast(layout.columns(slot), x.dtype) for slot in _slots(state, 2 * len(rule.cells))]
-    y = rule.enter(x)
-    kept, after, below = [y], [], y
-    for index, layer in enumerate(rule.cells):
-        weights = (layer.weight_input, layer.weight_hidden, layer.bias)
-        hidden, cell, gates = cell_forward(weights, below, held[2 * index], held[2 * index + 1], in_place)
-        after += [hidden, cell]
-        kept += [hidden, cell, gates]
-        below = hidden
-    out = rule.leave(affine(rule.out_bias, rule.out_weight, below))
-    dtype = x.dtype if in_place else state[0].dtype
-    leaves = [_cast(leaf, dtype) for slot in after for leaf in layout.leaves(slot)]
-    return (rule.factor() * out).squeeze(-2), leaves, [out, *kept]
+    update, after, kept = lstm_forward(rule, phi, layers_of(phi), x, held)
+    leaves = [_cast(leaf, state[0].dtype) for slot in after for leaf in layout.leaves(slot)]
+    return update, leaves, [*kept, *after]
 
 
 class _Step(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rule: Any, layout: Columns, count: int, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        update, after, kept = lstm_forward(rule, x, tensors[count:], layout)
-        ctx.rule, ctx.layout, ctx.count, ctx.kept = rule, layout, count, len(kept)
-        ctx.names = [name for name, _ in rule.named_parameters()]
+    def forward(ctx: Any, rule: Any, layout: Columns, names: list[str], x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        phi, state = dict(zip(names, tensors, strict=False)), tensors[len(names) :]
+        update, after, kept = _forward(rule, phi, x, state, layout)
+        ctx.rule, ctx.layout, ctx.names, ctx.kept = rule, layout, names, len(kept)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*kept, x, *tensors)
         return (update, *after)
@@ -116,14 +101,26 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *grad_state: Tensor | None) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
         kept, x, tensors = saved[: ctx.kept], saved[ctx.kept], saved[ctx.kept + 1 :]
-        phi, state = dict(zip(ctx.names, tensors[: ctx.count], strict=True)), tensors[ctx.count :]
+        phi, state = dict(zip(ctx.names, tensors, strict=False)), tensors[len(ctx.names) :]
         if torch.is_grad_enabled():  # this derivative will be differentiated itself
             return (None, None, None, *_slowly(ctx.rule, ctx.layout, x, phi, state, (grad, *grad_state)))
-        found, grad_x, before = lstm_backward(ctx.rule, ctx.layout, phi, x, state, kept, grad, grad_state)
+        found, grad_x, before = _backward(ctx.rule, ctx.layout, phi, x, state, kept, grad, grad_state)
         return (None, None, None, grad_x, *(found.get(name) for name in ctx.names), *before)
 
 
-def lstm_backward(
+def output_backward(rule: Any, phi: Tree, out: Tensor, top: Tensor, grad: Tensor) -> tuple[Tree, Tensor]:
+    """Derivatives of what comes after the last layer's hidden state ``top``, by name, and that of its one row of outputs.
+
+    ``out`` is :meth:`leave`'s value there, ``grad`` the derivative with respect to the updates ``(N,)``.
+    """
+    row, found = grad.unsqueeze(-2), {}
+    if "log_scale" in phi:
+        found["log_scale"] = (rule.factor(phi) * out * row).sum((-2, -1))
+    row = rule.leave_backward(out, rule.factor(phi) * row)
+    return found | {"out_weight": row @ top.mT, "out_bias": row.sum(-1)}, row
+
+
+def _backward(
     rule: Any,
     layout: Columns,
     phi: Tree,
@@ -133,44 +130,38 @@ def lstm_backward(
     grad: Tensor | None,
     grad_state: Sequence[Tensor | None],
 ) -> tuple[Tree, Tensor, list[Tensor]]:
-    """Derivatives with respect to phi, features and old state, from those with respect to updates and new state.
-
-    ``kept`` is what :func:`lstm_forward` returned last; the rest as in :func:`lstm_step`.
-    """
-    slots = 2 * len(rule.cells)
-    out, y = kept[:2]
-    held = [_cast(layout.columns(slot), x.dtype) for slot in _slots(state, slots)]
+    # Derivatives with respect to phi, features and old state, from those with respect to updates and new state.
+    count = len(rule.cells)
+    out, inputs, gates = kept[0], kept[1 : 2 * count + 1 : 2], kept[2 : 2 * count + 1 : 2]
+    after = kept[2 * count + 1 :]
+    held = [_cast(layout.columns(slot), x.dtype) for slot in _slots(state, 2 * count)]
     coming = []
-    for slot, like in zip(_slots(grad_state, slots), _slots(state, slots), strict=True):  # type: ignore[arg-type]  # some are None
+    for slot, like in zip(_slots(grad_state, 2 * count), _slots(state, 2 * count), strict=True):  # type: ignore[arg-type]  # None
         leaves = [torch.zeros_like(leaf) if value is None else value for value, leaf in zip(slot, like, strict=True)]
         coming.append(None if all(value is None for value in slot) else _cast(layout.columns(leaves), x.dtype))
     found: Tree = {}
-    top = kept[-3]
     below: Tensor | None = None
     if grad is not None:
-        row = grad.unsqueeze(-2)
-        factor = rule.scale
-        if rule.log_scale is not None:
-            factor = rule.factor_of(phi["log_scale"])
-            found["log_scale"] = (factor * out * row).sum((-2, -1))
-        row = rule.leave_backward(out, factor * row)
-        found["out_weight"], found["out_bias"] = row @ top.mT, row.sum(-1)
+        found, row = output_backward(rule, phi, out, after[-2], grad)
         below = phi["out_weight"].mT @ row
     before: list[Tensor] = []
-    for index in reversed(range(slots // 2)):
+    layers = layers_of(phi)
+    for index in reversed(range(count)):
         hidden, cell = coming[2 * index : 2 * index + 2]
         if below is None or hidden is None:
             either = hidden if below is None else below
-            arrived = torch.zeros_like(held[2 * index]) if either is None else either
+            arrived = torch.zeros_like(held[2 * index]) if either is None else either.clone()
         else:
             arrived = below + hidden
-        names = [f"cells.{index}.{part}" for part in ("weight_input", "weight_hidden", "bias")]
-        weights = (phi[names[0]], phi[names[1]], phi[names[2]])
-        given = (y if index == 0 else kept[2 + 3 * (index - 1)], held[2 * index], held[2 * index + 1])
-        own, (below, *states) = cell_backward(weights, given, kept[3 + 3 * index], kept[4 + 3 * index], arrived, cell)
-        found |= dict(zip(names, own, strict=True))
-        before = [*states, *before]
+        old, slopes = held[2 * index + 1], gates[index].clone()
+        cell = torch.zeros_like(old) if cell is None else cell
+        grad_cell, into = cell_backward(layers[index], slopes, old, after[2 * index], arrived, cell)
+        own = unjoined(inputs[index] @ slopes.mT, slopes.sum(-1))
+        found |= dict(zip(layer_names(index), own, strict=True))
+        below, grad_hidden = into.split([into.shape[-2] - rule.hidden, rule.hidden], -2)
+        before = [grad_hidden, grad_cell, *before]
     assert below is not None
+    y = inputs[0].narrow(-2, 0, below.shape[-2])
     own_in, grad_x = rule.enter_backward(phi, x, y, below)
     leaves = [_cast(leaf, state[0].dtype) for slot in before for leaf in layout.leaves(slot)]
     return found | own_in, grad_x, leaves

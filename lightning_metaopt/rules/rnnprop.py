@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_metaopt.rule import State
-from lightning_metaopt.rules.l2o_base import CoordinatewiseLSTM
-from lightning_metaopt.rules.lstm_cell import affine, elu, linear_map
+from lightning_metaopt.rules.l2o_base import CoordinatewiseLSTM, Seen
+from lightning_metaopt.rules.lstm_cell import affine, linear_map
 from lightning_metaopt.tree import Tree, safe_sqrt, tree_map
 
 __all__ = ["RNNprop"]
@@ -95,21 +95,33 @@ class RNNprop(CoordinatewiseLSTM):
     def memory(self, params: Tree) -> State:
         return {"mean": tree_map(torch.zeros_like, params), "square": tree_map(torch.zeros_like, params)}
 
-    def features(self, grad: Tensor, memory: Mapping[str, Tensor], count: Tensor) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
+    def features(self, grad: Tensor, memory: Mapping[str, Tensor], count: Tensor) -> Seen:
         mean = torch.lerp(grad, memory["mean"], self.beta1)
         square = torch.lerp(grad.square(), memory["square"], self.beta2)
         bias = _bias(self.beta2, count, grad)
-        root = safe_sqrt(square / bias) + self.eps
-        if self.beta1 != self.beta2:
-            bias = _bias(self.beta1, count, grad)
-        return (mean / bias / root, grad / root), {"mean": mean, "square": square}
+        rms = safe_sqrt(square / bias)
+        root = rms + self.eps
+        other = bias if self.beta1 == self.beta2 else _bias(self.beta1, count, grad)
+        return Seen((mean / other / root, grad / root), {"mean": mean, "square": square}, (rms, root, bias, other))
 
-    def enter(self, x: Tensor) -> Tensor:
-        return elu(affine(self.in_bias, self.in_weight, x))
+    def features_backward(
+        self, grad: Tensor, seen: Seen, arriving: Sequence[Tensor], memory: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        rms, root, bias, other = seen.kept
+        to_mean, to_grad = (one / root for one in arriving)
+        to_rms = torch.addcmul(to_mean * seen.features[0], to_grad, seen.features[1])
+        # as in the forward pass, 0 instead of infinity where the gradient has always been 0
+        square = torch.add(memory["square"], to_rms.div_(rms * bias).masked_fill_(rms == 0, 0), alpha=-0.5)
+        mean = torch.addcdiv(memory["mean"], to_mean, other)
+        to_grad.add_(mean, alpha=1 - self.beta1).addcmul_(grad, square, value=2 * (1 - self.beta2))
+        return to_grad, {"mean": self.beta1 * mean, "square": self.beta2 * square}
 
-    def enter_backward(self, phi: Tree, x: Tensor, y: Tensor, grad: Tensor) -> tuple[Tree, Tensor]:
-        slopes = grad * y.clamp(max=0).add_(1)  # e^z = y + 1 below 0
-        return {"in_weight": slopes @ x.mT, "in_bias": slopes.sum(-1)}, phi["in_weight"].mT @ slopes
+    def enter(self, phi: Tree, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return nn.functional.elu(affine(phi["in_bias"].unsqueeze(-1), phi["in_weight"], x, out), inplace=True)
+
+    def enter_backward(self, phi: Tree, x: Tensor, y: Tensor, grad: Tensor, through: bool = True) -> tuple[Tree, Tensor]:
+        slopes = y.clamp(max=0).add_(1).mul_(grad)  # e^z = y + 1 below 0
+        return {"in_weight": slopes @ x.mT, "in_bias": slopes.sum(-1)}, phi["in_weight"].mT @ slopes if through else x
 
     def leave(self, out: Tensor) -> Tensor:
         return out.tanh()

@@ -9,8 +9,9 @@ from typing import Any, final
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from lightning_metaopt.rule import Rule, State
+from lightning_metaopt.rule import Rule, State, Trace
 from lightning_metaopt.rules.l2o_base import CoordinatewiseLSTM
+from lightning_metaopt.rules.lstm_trace import LSTMTrace
 from lightning_metaopt.rules.nested import made, spec
 from lightning_metaopt.tree import Tree, escape, unescape
 
@@ -101,6 +102,13 @@ class Stacked(Rule):
             arguments = (*arguments, self._split({"": loss})[""])  # type: ignore[assignment]  # one more
         updates, new = self._each(lambda rule, *given: rule(*given), *arguments)
         return self._joined({"": updates})[""], self._joined(new)
+
+    def trace(self, state: State, second: bool) -> Trace | None:
+        kind = self._kind[0]
+        if not isinstance(kind, CoordinatewiseLSTM) or kind.bf16:
+            return None
+        self._check(state["step"])
+        return LSTMTrace(kind, self._phi(), state, second, label=lambda name: f"values.{escape(name)}")
 
     def project_(self) -> None:
         rules = self.replicas()

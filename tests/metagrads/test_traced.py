@@ -7,7 +7,6 @@ from contracts import NETS
 import lightning_metaopt as lmo
 from lightning_metaopt import objectives, rules, tasks
 from lightning_metaopt.episode import start, unroll
-from lightning_metaopt.rule import Traced
 
 OBJECTIVES = [objectives.SumLoss(), objectives.LogLoss(), objectives.FinalLoss(), objectives.ValidationLoss()]
 
@@ -23,7 +22,6 @@ def rule_of(kind):
 @pytest.mark.parametrize("family", [NETS, tasks.Lasso(double=True)], ids=["networks", "lasso"])
 def test_the_gradient_is_that_of_the_graph(kind, family, objective):
     rule = rule_of(kind)
-    assert isinstance(rule, Traced)
     episode = unroll(rule, start(rule, family.draw(0, 4)), 3)[0]  # states are no zeros
     found = lmo.Unrolled(6, first_order=True)(rule, episode, objective)
     graph = lmo.Unrolled(6, first_order=True, checkpoint=6)(rule, episode, objective)

@@ -173,8 +173,8 @@ def test_bad_sizes_are_refused(make, options, message):
 
 def test_no_averaging_is_the_sign():
     rule = rules.RNNprop(beta1=0.0, beta2=0.0)
-    found, _ = rule.features(torch.tensor([3.0, -2.0]), {"mean": torch.ones(2), "square": torch.ones(2)}, torch.tensor(4.0))
-    torch.testing.assert_close(torch.stack(list(found)), torch.tensor([[1.0, -1.0]] * 2))
+    found = rule.features(torch.tensor([3.0, -2.0]), {"mean": torch.ones(2), "square": torch.ones(2)}, torch.tensor(4.0))
+    torch.testing.assert_close(torch.stack(list(found.features)), torch.tensor([[1.0, -1.0]] * 2))
 
 
 def test_meta_training_lowers_the_loss_of_new_problems():
