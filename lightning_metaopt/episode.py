@@ -166,7 +166,7 @@ def step(rule: Rule, episode: Episode, order: Order = "none", alone: bool = Fals
             loss if alone else loss.sum(), list(params.values()), create_graph=graph, allow_unused=True, materialize_grads=True
         )
         loss = loss.unsqueeze(0) if alone else loss
-    grads = dict(zip(params, found if graph else (grad.detach() for grad in found), strict=True))
+    grads = dict(zip(params, found, strict=True))
     values = loss if twice else loss.detach()
     if order == "forward":
         grads, values = _with_tangents(grads, values, params, episode.params)

@@ -156,8 +156,9 @@ class Trace(ABC):
 
     @abstractmethod
     def back(self, updates: Tree) -> Tree:
-        """Over the last step that is left, from derivatives with respect to its updates to what they add, by way of its gradients,
-        to those with respect to the parameters before it: nothing in first order.
+        """Over the last S steps that are left, from derivatives with respect to their updates, leaves ``(S, B, *shape)``, to what
+        they add, by way of gradients, to those with respect to the parameters before them: nothing in first order. In second
+        order S is 1: what is added there belongs to the updates of the step before.
         """
 
     @abstractmethod

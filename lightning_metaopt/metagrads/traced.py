@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_metaopt.episode import Episode, full_precision, unroll
 from lightning_metaopt.objectives import Objective
 from lightning_metaopt.rule import Rule, State, Trace
-from lightning_metaopt.tree import Tree, detach, tree_map
+from lightning_metaopt.tree import Tree, tree_map
 
 __all__ = ["traced_window"]
 
@@ -31,7 +31,7 @@ class _Recorder(Rule):
         return {}
 
     def forward(self, grads: Tree, state: State, params: Tree, loss: Tensor | None = None) -> tuple[Tree, State]:
-        self.gradients.append(detach(grads))
+        self.gradients.append(grads)
         return self.steps.step(grads, params), state
 
 
@@ -78,18 +78,26 @@ def traced_window(
     with torch.no_grad(), full_precision(params):
         trace.turn(state)
         direct = {name: _weighted([grads[name] for grads in recorder.gradients], weights) for name in params}
-        for index in reversed(range(steps)):
-            through = trace.back(params)
-            params = {name: leaf + direct[name][index] for name, leaf in params.items()}
-            for name, part in through.items():
-                params[name].add_(part)
+        if second:
+            for index in reversed(range(steps)):
+                through = trace.back(tree_map(lambda leaf: leaf.unsqueeze(0), params))
+                params = {name: leaf + direct[name][index] for name, leaf in params.items()}
+                for name, part in through.items():
+                    params[name].add_(part)
+        else:
+            trace.back({name: _later(direct[name], leaf) for name, leaf in params.items()})
         own = trace.grads()
     return value.detach(), {name: grad + own[name] if name in own else grad for name, grad in total.items()}, end
 
 
-def _weighted(gradients: Sequence[Tensor], weights: Tensor) -> Sequence[Tensor]:
+def _weighted(gradients: Sequence[Tensor], weights: Tensor) -> Tensor:
     stacked = torch.stack(list(gradients))
-    return stacked.mul_(weights.view(*weights.shape, *(1,) * (stacked.dim() - 2))).unbind()
+    return stacked.mul_(weights.view(*weights.shape, *(1,) * (stacked.dim() - 2)))
+
+
+def _later(direct: Tensor, last: Tensor) -> Tensor:
+    # last, plus the sum of what comes after each step
+    return torch.cat([last.unsqueeze(0), direct[1:].flip(0)]).cumsum(0).flip(0)
 
 
 def _leaf(value: Tensor) -> Tensor:

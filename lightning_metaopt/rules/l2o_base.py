@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_metaopt.rule import Rule, State
 from lightning_metaopt.rules.lstm_cell import LSTMLayer, affine, linear_map
 from lightning_metaopt.rules.lstm_columns import Columns
+from lightning_metaopt.rules.lstm_room import Room
 from lightning_metaopt.rules.lstm_step import layers_of, lstm_forward, lstm_step
 from lightning_metaopt.rules.lstm_trace import LSTMTrace
 from lightning_metaopt.tree import Tree, expand_to
@@ -79,6 +80,7 @@ class CoordinatewiseLSTM(Rule):
         self.out_weight = linear_map(generator, 1, hidden)
         self.out_bias = nn.Parameter(torch.zeros(1))
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale))) if learn_scale else None
+        self.room = Room()
 
     @property
     def sizes(self) -> dict[str, int | float | bool]:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_metaopt.rules.lstm_room import Split
+
 __all__ = ["Gates", "LSTMLayer", "affine", "cell_backward", "cell_forward", "linear_map", "unjoined"]
 
 
@@ -78,38 +80,45 @@ def _candidate(joint: Tensor, dim: int) -> Tensor:
 
 
 def cell_forward(
-    layer: Gates, joint: Tensor, cell: Tensor, *, hidden: Tensor | None = None, out: Tensor | None = None
+    layer: Gates,
+    joint: Tensor,
+    cell: Tensor,
+    *,
+    gates: Split | None = None,
+    hidden: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The equations of :class:`LSTMLayer` without autograd: new hidden and cell state, and the four sigmoids.
+    """The equations of :class:`LSTMLayer` without autograd: new hidden and cell state, and the four gates' sigmoids.
 
     Args:
         layer: its weights.
         joint: input and old hidden state, ``(features + hidden, N)``.
         cell: old cell state.
+        gates: where to write the sigmoids.
         hidden: where to write the new hidden state.
         out: where to write the new cell state; it may be ``cell``.
     """
-    gates = affine(layer.bias, layer.weight, joint).sigmoid_()
-    enter, forget, candidate, leave = gates.chunk(4, -2)
+    whole = affine(layer.bias, layer.weight, joint, gates[0] if gates else None).sigmoid_()
+    enter, forget, candidate, leave = gates[1] if gates else whole.chunk(4, -2)
     cell = torch.mul(forget, cell, out=out).addcmul_(enter, candidate, value=2).sub_(enter)
-    return torch.mul(cell, 2, out=hidden).sigmoid_().mul_(leave).mul_(2).sub_(leave), cell, gates
+    return torch.mul(cell, 2, out=hidden).sigmoid_().mul_(leave).mul_(2).sub_(leave), cell, whole
 
 
 def cell_backward(
-    layer: Gates, gates: Tensor, before: Tensor, hidden: Tensor, grad_hidden: Tensor, grad_cell: Tensor
+    layer: Gates, gates: Split, before: Tensor, hidden: Tensor, grad_hidden: Tensor, grad_cell: Tensor
 ) -> tuple[Tensor, Tensor]:
     """From derivatives with respect to the new state to those with respect to the old cell state and the joint input.
 
     Args:
         layer: its weights.
-        gates: as :func:`cell_forward` returned them. **In their place** are slopes afterwards, the derivatives with respect to what
+        gates: as :func:`cell_forward` made them. **In their place** are slopes afterwards, the derivatives with respect to what
             went into the sigmoids, for the candidate a quarter of the layer's own: :func:`unjoined` has those of weights from them.
         before: old cell state.
         hidden: new hidden state.
         grad_hidden: the derivative with respect to it. **It is changed.**
         grad_cell: the same of the new cell state; it is not.
     """
-    enter, forget, candidate, leave = gates.chunk(4, -2)
+    slopes, (enter, forget, candidate, leave) = gates
     bounded = hidden / leave.clamp(min=torch.finfo(leave.dtype).tiny)  # tanh(c), 0 where the gate has no number but 0
     grad_cell = torch.addcmul(grad_cell, torch.addcmul(leave, bounded, hidden, value=-1), grad_hidden)
     through = grad_hidden.mul_(hidden)
@@ -122,7 +131,7 @@ def cell_backward(
     torch.addcmul(through, through, enter, value=-1, out=enter)
     grad_cell.mul_(candidate)
     torch.addcmul(grad_cell, grad_cell, candidate, value=-1, out=candidate)
-    return old, layer.back @ gates
+    return old, layer.back @ slopes
 
 
 def unjoined(weight: Tensor, bias: Tensor) -> list[Tensor]:

@@ -40,6 +40,11 @@ class Columns:
         found = [leaf.reshape(self._split) for leaf in leaves]
         return found[0] if len(found) == 1 else torch.cat(found, -1)
 
+    def rows(self, leaves: Sequence[Tensor]) -> Tensor:
+        """The same of many steps: ``(S, B, *shape)`` as ``(S, N)``."""
+        found = [leaf.reshape(len(leaf), *self._split) for leaf in leaves]
+        return found[0] if len(found) == 1 else torch.cat(found, -1)
+
     def unrow(self, row: Tensor) -> list[Tensor]:
         """The inverse of :meth:`row`."""
         return [piece.reshape(shape) for piece, shape in zip(self._pieces(row), self.shapes, strict=True)]

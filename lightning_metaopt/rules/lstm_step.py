@@ -18,7 +18,7 @@ from lightning_metaopt.rules.lstm_cell import Gates, affine, cell_backward, cell
 from lightning_metaopt.rules.lstm_columns import Columns
 from lightning_metaopt.tree import Tree
 
-__all__ = ["layer_names", "layers_of", "lstm_forward", "lstm_step", "output_backward"]
+__all__ = ["layer_names", "layers_of", "lstm_forward", "lstm_step"]
 
 
 def lstm_step(rule: Any, x: Tensor, state: Sequence[Tensor], layout: Columns) -> tuple[Tensor, list[Tensor]]:
@@ -108,18 +108,6 @@ class _Step(torch.autograd.Function):
         return (None, None, None, grad_x, *(found.get(name) for name in ctx.names), *before)
 
 
-def output_backward(rule: Any, phi: Tree, out: Tensor, top: Tensor, grad: Tensor) -> tuple[Tree, Tensor]:
-    """Derivatives of what comes after the last layer's hidden state ``top``, by name, and that of its one row of outputs.
-
-    ``out`` is :meth:`leave`'s value there, ``grad`` the derivative with respect to the updates ``(N,)``.
-    """
-    row, found = grad.unsqueeze(-2), {}
-    if "log_scale" in phi:
-        found["log_scale"] = (rule.factor(phi) * out * row).sum((-2, -1))
-    row = rule.leave_backward(out, rule.factor(phi) * row)
-    return found | {"out_weight": row @ top.mT, "out_bias": row.sum(-1)}, row
-
-
 def _backward(
     rule: Any,
     layout: Columns,
@@ -142,7 +130,11 @@ def _backward(
     found: Tree = {}
     below: Tensor | None = None
     if grad is not None:
-        found, row = output_backward(rule, phi, out, after[-2], grad)
+        row = rule.factor(phi) * grad.unsqueeze(-2)
+        if "log_scale" in phi:
+            found["log_scale"] = (row * out).sum((-2, -1))
+        row = rule.leave_backward(out, row)
+        found |= {"out_weight": row @ after[-2].mT, "out_bias": row.sum(-1)}
         below = phi["out_weight"].mT @ row
     before: list[Tensor] = []
     layers = layers_of(phi)
@@ -155,7 +147,7 @@ def _backward(
             arrived = below + hidden
         old, slopes = held[2 * index + 1], gates[index].clone()
         cell = torch.zeros_like(old) if cell is None else cell
-        grad_cell, into = cell_backward(layers[index], slopes, old, after[2 * index], arrived, cell)
+        grad_cell, into = cell_backward(layers[index], (slopes, slopes.chunk(4, -2)), old, after[2 * index], arrived, cell)
         own = unjoined(inputs[index] @ slopes.mT, slopes.sum(-1))
         found |= dict(zip(layer_names(index), own, strict=True))
         below, grad_hidden = into.split([into.shape[-2] - rule.hidden, rule.hidden], -2)

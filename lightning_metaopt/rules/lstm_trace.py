@@ -5,7 +5,7 @@ Between steps states stay columns; hidden states are written where the next step
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, final
 
 import torch
@@ -14,13 +14,14 @@ from torch import Tensor
 from lightning_metaopt.rule import State, Trace
 from lightning_metaopt.rules.lstm_cell import affine, cell_backward, cell_forward, unjoined
 from lightning_metaopt.rules.lstm_columns import Columns
-from lightning_metaopt.rules.lstm_step import layer_names, layers_of, output_backward
+from lightning_metaopt.rules.lstm_room import Split
+from lightning_metaopt.rules.lstm_step import layer_names, layers_of
 from lightning_metaopt.tree import Tree, detach
 
 __all__ = ["LSTMTrace"]
 
 
-_Layer = tuple[Tensor, Tensor, Tensor, Tensor]
+_Layer = tuple[Split, Split, Split, Tensor]
 """A layer's part in a step: input and old hidden state in one, the gates, the old cell state, the new hidden state."""
 _Step = tuple[Tree, Tree, dict[str, Any], Tensor, list[_Layer], Tensor]
 """Parameters and their gradients (in second order with graphs from the one to the other), what features were made with, their
@@ -49,22 +50,22 @@ class LSTMTrace(Trace):
         self.memory = {slot: tree for slot, tree in state.items() if slot not in (*self.slots, "step")}
         self.layout = Columns([leaf[:, 0].shape for leaf in state[self.slots[0]].values()], rule.replicas)
         held = self._columns(state)
-        self.joints = [self._room(layer.weight, hidden) for layer, hidden in zip(self.layers, held[::2], strict=True)]
-        for (_, (_, bottom)), hidden in zip(self.joints, held[::2], strict=True):
-            bottom.copy_(hidden)
-        self.cells = held[1::2]
+        self.joints: list[Split] = []
+        self.cells: list[Split] = []
+        self.shelves = []
+        for layer, hidden, cell in zip(self.layers, held[::2], held[1::2], strict=True):
+            size = rule.hidden
+            blocks = [(layer.weight.shape[-1] - size, size), (size,) * 4, (size,)]
+            self.shelves.append([rule.room.shelf(cell, *rows) for rows in blocks])
+            self.joints.append(self.shelves[-1][0].take())
+            self.joints[-1][1][1].copy_(hidden)
+            self.cells.append((cell, ()))
         self.tape: list[_Step] = []
         self.total: Tree = {}
         self.out_bias = self.phi["out_bias"].unsqueeze(-1)
 
     def _columns(self, state: State) -> list[Tensor]:
         return [self.layout.columns(list(state[slot].values())) for slot in self.slots]
-
-    def _room(self, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        # A layer's joint input, and its two parts.
-        size, rows = hidden.shape[-2], weight.shape[-1]
-        joint = hidden.new_empty(*hidden.shape[:-2], rows, hidden.shape[-1])
-        return joint, _halves(joint, size)
 
     def step(self, grads: Tree, params: Tree) -> Tree:
         constants = detach(grads) if self.second else grads
@@ -73,14 +74,15 @@ class LSTMTrace(Trace):
         self.memory = {slot: {name: one.memory[slot] for name, one in seen.items()} for slot in self.memory}
         layers, below = [], None
         for index, layer in enumerate(self.layers):
-            (joint, (top, bottom)), cell = self.joints[index], self.cells[index]
+            joint, cell = self.joints[index], self.cells[index]
+            coming, gates, after = (shelf.take() for shelf in self.shelves[index])
             if below is None:
-                self.rule.enter(self.phi, x, out=top)
+                self.rule.enter(self.phi, x, out=joint[1][0])
             else:
-                top.copy_(below)
-            self.joints[index] = coming = self._room(layer.weight, bottom)
-            below, self.cells[index], gates = cell_forward(layer, joint, cell, hidden=coming[1][1])
+                joint[1][0].copy_(below)
+            below, _, _ = cell_forward(layer, joint[0], cell[0], gates=gates, hidden=coming[1][1], out=after[0])
             layers.append((joint, gates, cell, below))
+            self.joints[index], self.cells[index] = coming, after
         assert below is not None
         out = self.rule.leave(affine(self.out_bias, self.phi["out_weight"], below))
         self.tape.append((params, grads, seen, x, layers, out))
@@ -89,7 +91,9 @@ class LSTMTrace(Trace):
 
     @property
     def state(self) -> State:
-        held = [part for (_, (_, bottom)), cell in zip(self.joints, self.cells, strict=True) for part in (bottom.clone(), cell)]
+        # copies: what comes from a shelf goes back there
+        pairs = ((joint[1][1], cell[0]) for joint, cell in zip(self.joints, self.cells, strict=True))
+        held = [part.clone() for pair in pairs for part in pair]
         names = list(self.count)
         found = {slot: dict(zip(names, self.layout.leaves(part), strict=True)) for slot, part in zip(self.slots, held, strict=True)}
         return self.memory | {"step": self.count} | found
@@ -101,24 +105,49 @@ class LSTMTrace(Trace):
         self.sums = [(torch.zeros_like(layer.back), layer.bias.new_zeros(layer.bias.shape[:-1])) for layer in self.layers]
 
     def back(self, updates: Tree) -> Tree:
-        params, grads, seen, x, layers, out = self.tape.pop()
-        row = self.layout.row(list(updates.values()))
-        found, row = output_backward(self.rule, self.phi, out, layers[-1][3], row)
-        self.hidden[-1].addcmul_(self.phi["out_weight"].mT, row)
+        rows = self._output_back(self.layout.rows(list(updates.values())))
+        for row in rows.unbind()[::-1]:
+            params, grads, seen, x, layers, _ = self.tape.pop()
+            through = self.second and bool(self.tape)  # what comes to the first step's parameters is not asked for
+            grad_x = self._layers_back(row, x, layers, through)
+            if through:
+                return self._through(params, grads, seen, grad_x)
+        return {}
+
+    def _output_back(self, rows: Tensor) -> Tensor:
+        # From updates to what the last layer's weights put out, of many steps at once.
+        out, rows = torch.stack([step[-1] for step in self.tape[-len(rows) :]]), rows.unsqueeze(-2)
+        factor = self.rule.factor(self.phi)
+        scaled = factor * rows
+        if "log_scale" in self.phi:
+            self._add("log_scale", (scaled * out).sum((0, -2, -1)))
+        rows = self.rule.leave_backward(out, scaled)
+        self._add("out_bias", rows.sum((0, -1)))
+        return rows
+
+    def _layers_back(self, row: Tensor, x: Tensor, layers: list[_Layer], through: bool) -> Tensor:
+        weight = self.phi["out_weight"]
+        self._add("out_weight", row @ layers[-1][3].mT)
+        self.hidden[-1].addcmul_(weight.mT, row)
         for index in reversed(range(len(self.layers))):
-            (joint, slopes, before, after), (weight, bias), hidden = layers[index], self.sums[index], self.hidden[index]
-            self.cell[index], into = cell_backward(self.layers[index], slopes, before, after, hidden, self.cell[index])
-            (weight.addmm_ if weight.dim() == 2 else weight.baddbmm_)(joint, slopes.mT)
-            bias.add_(slopes.sum(-1))
-            below, self.hidden[index] = _halves(into, hidden.shape[-2])
+            (joint, gates, before, after), (weight, bias), hidden = layers[index], self.sums[index], self.hidden[index]
+            self.cell[index], into = cell_backward(self.layers[index], gates, before[0], after, hidden, self.cell[index])
+            (weight.addmm_ if weight.dim() == 2 else weight.baddbmm_)(joint[0], gates[0].mT)
+            bias.add_(gates[0].sum(-1))
+            rows = into.shape[-2] - hidden.shape[-2]  # ``split`` takes three times as long
+            below, self.hidden[index] = into.narrow(-2, 0, rows), into.narrow(-2, rows, hidden.shape[-2])
             if index:
                 self.hidden[index - 1].add_(below)
-        through = self.second and bool(self.tape)  # what comes to the first step's parameters is not asked for
-        y = joint.narrow(-2, 0, below.shape[-2])
-        own, grad_x = self.rule.enter_backward(self.phi, x, y, below, through)
-        for name, grad in (found | own).items():
-            self.total[name] = self.total[name].add_(grad) if name in self.total else grad
-        return self._through(params, grads, seen, grad_x) if through else {}
+            for shelf, split in zip(self.shelves[index], (self.joints[index], gates, self.cells[index]), strict=True):
+                shelf.give(split)  # of the next step, but for the gates: its joint input had this step's hidden state
+            self.joints[index], self.cells[index] = joint, before
+        own, grad_x = self.rule.enter_backward(self.phi, x, joint[1][0], below, through)
+        for name, grad in own.items():
+            self._add(name, grad)
+        return grad_x
+
+    def _add(self, name: str, grad: Tensor) -> None:
+        self.total[name] = self.total[name].add_(grad) if name in self.total else grad
 
     def _through(self, params: Tree, grads: Tree, seen: dict[str, Any], grad_x: Tensor) -> Tree:
         arriving = [self.layout.unrow(row) for row in grad_x.unbind(-2)]
@@ -135,18 +164,16 @@ class LSTMTrace(Trace):
         if not moving:
             return {}
         with torch.enable_grad():  # a number: autograd is slow to take vectors
-            product = torch.stack([(grads[name] * vector[name]).sum() for name in moving]).sum()
+            products = [(grads[name] * vector[name]).sum() for name in moving]
+            product = products[0] if len(products) == 1 else torch.stack(products).sum()
         found = torch.autograd.grad(product, list(params.values()), allow_unused=True, materialize_grads=True)
         return dict(zip(params, found, strict=True))
 
     def grads(self) -> Tree:
         found = dict(self.total)
+        for shelves, joint in zip(self.shelves, self.joints, strict=True):
+            shelves[0].give(joint)  # of the first step
         for index, (weight, bias) in enumerate(self.sums):
             found |= dict(zip(layer_names(index), unjoined(weight, bias), strict=True))
         return {self.label(name): grad for name, grad in found.items()}
 
-
-def _halves(joint: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    # ``joint.split`` takes three times as long
-    rows = joint.shape[-2] - size
-    return joint.narrow(-2, 0, rows), joint.narrow(-2, rows, size)
