@@ -21,7 +21,7 @@ __all__ = ["Episode", "Order", "differentiable_attention", "full_precision", "st
 Order = Literal["none", "first", "second", "forward", "local"]
 """What the inner loop keeps for differentiation: nothing; the updates, with inner gradients held constant; everything,
 so that inner gradients are differentiated too; no graph, but the tangents of forward mode; or only each inner gradient's own
-graph, from the iterate that it was taken at, for rules that put the rest together themselves (``Rule.trace``)."""
+graph, from the iterate that it was taken at, for rules that put the rest together themselves (``Rule.tape``)."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from lightning_metaopt.tree import Tree, escape, unescape
 
-__all__ = ["Rule", "State", "Trace", "per_parameter", "under"]
+__all__ = ["Rule", "State", "Tape", "per_parameter", "under"]
 
 State = dict[str, Tree]
 """Slots of a rule (``"momentum"``, ``"step"``) to trees with one leaf ``(B, ...)`` for each parameter."""
@@ -92,7 +92,7 @@ class Rule(nn.Module, ABC):
         for name, update in updates.items():
             params[name].add_(update, alpha=1.0 if scale is None else scale[name])
 
-    def trace(self, state: State, second: bool) -> Trace | None:
+    def tape(self, state: State, second: bool) -> Tape | None:
         """Steps from ``state`` that know their derivative, or ``None`` (the default), if only autograd does.
 
         Args:
@@ -134,7 +134,7 @@ class Rule(nn.Module, ABC):
         return {unescape(name): float(value.detach().float().mean()) for name, value in self.named_parameters()}
 
 
-class Trace(ABC):
+class Tape(ABC):
     """Steps of a rule whose derivative is written by hand: a window of them is differentiated without a graph, or with
     one of no more than each gradient. Updates must not depend on the parameters or the loss but through gradients.
     """
@@ -152,7 +152,9 @@ class Trace(ABC):
 
     @abstractmethod
     def turn(self, state: State) -> None:
-        """From here on back, with the derivatives of a number with respect to :attr:`state`'s slots of floating-point numbers."""
+        """From here on back, with the derivatives of a number with respect to :attr:`state`; slots that it does not depend on are
+        missing.
+        """
 
     @abstractmethod
     def back(self, updates: Tree) -> Tree:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_metaopt.episode import Episode, Order, unroll
 from lightning_metaopt.metagrads.base import Estimate, MetaGradient
-from lightning_metaopt.metagrads.traced import traced_window
+from lightning_metaopt.metagrads.taped import taped_window
 from lightning_metaopt.objectives import Objective
 from lightning_metaopt.rule import Rule, State
 from lightning_metaopt.tree import Tree, detach, tree_map
@@ -113,9 +113,10 @@ class Unrolled(MetaGradient):
         return "first" if self.first_order else "second"
 
     def _plain(self, rule: Rule, episode: Episode, objective: Objective) -> tuple[Tensor, Tree, Episode]:
-        trace = rule.trace(episode.state, second=not self.first_order)
-        if trace is not None:
-            return traced_window(rule, trace, episode, objective, self.window, second=not self.first_order)
+        second = not self.first_order
+        tape = rule.tape(episode.state, second)
+        if tape is not None:
+            return taped_window(rule, tape, episode, objective, self.window, second)
         end, losses = unroll(rule, episode, self.window, order=self._order)
         with torch.enable_grad():
             value = objective(rule, episode, end, losses).mean()

@@ -15,7 +15,7 @@ from lightning_metaopt.rules.lstm_cell import LSTMLayer, affine, linear_map
 from lightning_metaopt.rules.lstm_columns import Columns
 from lightning_metaopt.rules.lstm_room import Room
 from lightning_metaopt.rules.lstm_step import layers_of, lstm_forward, lstm_step
-from lightning_metaopt.rules.lstm_trace import LSTMTrace
+from lightning_metaopt.rules.lstm_tape import LSTMTape
 from lightning_metaopt.tree import Tree, expand_to
 
 __all__ = ["CoordinatewiseLSTM", "Seen"]
@@ -145,7 +145,7 @@ class CoordinatewiseLSTM(Rule):
 
     def plain(self, x: Tensor, state: Sequence[Tensor], layout: Columns) -> tuple[Tensor, list[Tensor]]:
         """Updates ``(N,)`` and new state from the columns ``x`` of features: **the definition of the step**."""
-        phi, count = dict(self.named_parameters()), len(state) // (2 * len(self.cells))
+        phi, count = self.phi(), len(state) // (2 * len(self.cells))
         held = [layout.columns(state[begin : begin + count]).to(x.dtype) for begin in range(0, len(state), count)]
         x = self.enter(phi, x)
         after: list[Tensor] = []
@@ -176,9 +176,17 @@ class CoordinatewiseLSTM(Rule):
         rows = zip(*(one.features for one in seen.values()), strict=True)
         return torch.stack([layout.row(row) for row in rows], -2), seen
 
-    def trace(self, state: State, second: bool) -> LSTMTrace | None:
-        # States of another precision are rounded between steps, which a trace does not do.
-        return None if self.bf16 else LSTMTrace(self, dict(self.named_parameters()), state, second)
+    def tape(self, state: State, second: bool) -> LSTMTape | None:
+        phi = self.phi()
+        return LSTMTape(self, phi, state, second) if self.fits(state, phi) else None
+
+    def fits(self, state: State, phi: Tree) -> bool:
+        """Whether the state is of the precision of phi; another is rounded between steps, which a tape does not do."""
+        return {leaf.dtype for slot in self.slots() for leaf in state[slot].values()} == {phi["out_weight"].dtype}
+
+    def phi(self) -> Tree:
+        """The meta-parameters by name."""
+        return dict(self.named_parameters())
 
     def forward_(
         self, grads: Tree, state: State, params: Tree, loss: Tensor | None = None, scale: Mapping[str, float] | None = None
@@ -198,7 +206,7 @@ class CoordinatewiseLSTM(Rule):
     @torch.no_grad()
     def _advance_(self, grad: Tensor, flat: Tree, slots: list[str], kept: list[str], count: Tensor) -> Tensor:
         update = torch.empty_like(grad)
-        phi = dict(self.named_parameters())
+        phi = self.phi()
         layers = layers_of(phi)
         for begin in range(0, len(grad), self.chunk):
             part = slice(begin, begin + self.chunk)

@@ -30,7 +30,7 @@ def lstm_step(rule: Any, x: Tensor, state: Sequence[Tensor], layout: Columns) ->
         state: leaves, slot by slot, parameter by parameter.
         layout: between leaves and columns.
     """
-    phi = dict(rule.named_parameters())
+    phi: Tree = rule.phi()
     if not torch.is_grad_enabled():
         return _forward(rule, phi, x, state, layout)[:2]
     if any(forward_ad.unpack_dual(value).tangent is not None for value in (x, *phi.values(), *state)):

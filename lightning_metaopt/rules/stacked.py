@@ -9,9 +9,9 @@ from typing import Any, final
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from lightning_metaopt.rule import Rule, State, Trace
+from lightning_metaopt.rule import Rule, State, Tape
 from lightning_metaopt.rules.l2o_base import CoordinatewiseLSTM
-from lightning_metaopt.rules.lstm_trace import LSTMTrace
+from lightning_metaopt.rules.lstm_tape import LSTMTape
 from lightning_metaopt.rules.nested import made, spec
 from lightning_metaopt.tree import Tree, escape, unescape
 
@@ -103,12 +103,13 @@ class Stacked(Rule):
         updates, new = self._each(lambda rule, *given: rule(*given), *arguments)
         return self._joined({"": updates})[""], self._joined(new)
 
-    def trace(self, state: State, second: bool) -> Trace | None:
+    def tape(self, state: State, second: bool) -> Tape | None:
         kind = self._kind[0]
-        if not isinstance(kind, CoordinatewiseLSTM) or kind.bf16:
+        phi = self._phi()
+        if not isinstance(kind, CoordinatewiseLSTM) or not kind.fits(state, phi):
             return None
         self._check(state["step"])
-        return LSTMTrace(kind, self._phi(), state, second, label=lambda name: f"values.{escape(name)}")
+        return LSTMTape(kind, phi, state, second, label=lambda name: f"values.{escape(name)}")
 
     def project_(self) -> None:
         rules = self.replicas()

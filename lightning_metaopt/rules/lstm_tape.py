@@ -1,6 +1,7 @@
 """A window of steps of a coordinatewise LSTM, and the way back, in as few operations as it takes.
 
-Between steps states stay columns; hidden states are written where the next step's matrix product reads them.
+Small rules are bound by the number of operations. Between steps states stay columns; a hidden state is written where the next
+step's matrix product reads it; derivatives go where the gates were; and windows hand their memory on.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from lightning_metaopt.rule import State, Trace
+from lightning_metaopt.rule import State, Tape
 from lightning_metaopt.rules.lstm_cell import affine, cell_backward, cell_forward, unjoined
 from lightning_metaopt.rules.lstm_columns import Columns
 from lightning_metaopt.rules.lstm_room import Split
 from lightning_metaopt.rules.lstm_step import layer_names, layers_of
-from lightning_metaopt.tree import Tree, detach
+from lightning_metaopt.tree import Tree, detach, tree_map
 
-__all__ = ["LSTMTrace"]
+__all__ = ["LSTMTape"]
 
 
 _Layer = tuple[Split, Split, Split, Tensor]
@@ -29,8 +30,8 @@ columns, the layers, the output."""
 
 
 @final
-class LSTMTrace(Trace):
-    """See :class:`~lightning_metaopt.rule.Trace`.
+class LSTMTape(Tape):
+    """See :class:`~lightning_metaopt.rule.Tape`.
 
     Args:
         rule: a :class:`~lightning_metaopt.rules.l2o_base.CoordinatewiseLSTM`.
@@ -49,7 +50,7 @@ class LSTMTrace(Trace):
         self.slots, self.count = rule.slots(), state["step"]
         self.memory = {slot: tree for slot, tree in state.items() if slot not in (*self.slots, "step")}
         self.layout = Columns([leaf[:, 0].shape for leaf in state[self.slots[0]].values()], rule.replicas)
-        held = self._columns(state)
+        held = [self.layout.columns(list(state[slot].values())) for slot in self.slots]
         self.joints: list[Split] = []
         self.cells: list[Split] = []
         self.shelves = []
@@ -63,9 +64,6 @@ class LSTMTrace(Trace):
         self.tape: list[_Step] = []
         self.total: Tree = {}
         self.out_bias = self.phi["out_bias"].unsqueeze(-1)
-
-    def _columns(self, state: State) -> list[Tensor]:
-        return [self.layout.columns(list(state[slot].values())) for slot in self.slots]
 
     def step(self, grads: Tree, params: Tree) -> Tree:
         constants = detach(grads) if self.second else grads
@@ -99,9 +97,12 @@ class LSTMTrace(Trace):
         return self.memory | {"step": self.count} | found
 
     def turn(self, state: State) -> None:
-        held = [part.clone(memory_format=torch.contiguous_format) for part in self._columns(state)]
-        self.hidden, self.cell = held[::2], held[1::2]
-        self.remembered = {slot: state[slot] for slot in self.memory}
+        arriving = []
+        for slot, (cell, _) in zip(self.slots, (cell for cell in self.cells for _ in range(2)), strict=True):
+            columns = self.layout.columns(list(state[slot].values())) if slot in state else None
+            arriving.append(torch.zeros_like(cell) if columns is None else columns.clone(memory_format=torch.contiguous_format))
+        self.hidden, self.cell = arriving[::2], arriving[1::2]
+        self.remembered = {slot: state.get(slot) or tree_map(torch.zeros_like, tree) for slot, tree in self.memory.items()}
         self.sums = [(torch.zeros_like(layer.back), layer.bias.new_zeros(layer.bias.shape[:-1])) for layer in self.layers]
 
     def back(self, updates: Tree) -> Tree:
@@ -138,9 +139,11 @@ class LSTMTrace(Trace):
             below, self.hidden[index] = into.narrow(-2, 0, rows), into.narrow(-2, rows, hidden.shape[-2])
             if index:
                 self.hidden[index - 1].add_(below)
+            # nobody needs this step's gates and new states any more; the hidden one is in the next step's input
             for shelf, split in zip(self.shelves[index], (self.joints[index], gates, self.cells[index]), strict=True):
-                shelf.give(split)  # of the next step, but for the gates: its joint input had this step's hidden state
+                shelf.give(split)
             self.joints[index], self.cells[index] = joint, before
+        grad_x: Tensor
         own, grad_x = self.rule.enter_backward(self.phi, x, joint[1][0], below, through)
         for name, grad in own.items():
             self._add(name, grad)
@@ -176,4 +179,3 @@ class LSTMTrace(Trace):
         for index, (weight, bias) in enumerate(self.sums):
             found |= dict(zip(layer_names(index), unjoined(weight, bias), strict=True))
         return {self.label(name): grad for name, grad in found.items()}
-
