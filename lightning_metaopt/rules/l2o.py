@@ -55,7 +55,7 @@ class L2O(CoordinatewiseLSTM):
         learn_scale: bool = False,
         p: float = 10.0,
         bf16: bool = False,
-        chunk: int = 2560,
+        chunk: int = 3584,
         seed: int = 0,
     ) -> None:
         if not 0 < p <= 50:

@@ -14,7 +14,7 @@ from lightning_metaopt.rule import Rule, State
 from lightning_metaopt.rules.lstm_cell import LSTMLayer, affine, linear_map
 from lightning_metaopt.rules.lstm_columns import Columns
 from lightning_metaopt.rules.lstm_room import Room
-from lightning_metaopt.rules.lstm_step import layers_of, lstm_forward, lstm_step
+from lightning_metaopt.rules.lstm_step import layers_of, lstm_forward, lstm_step, shelves_of
 from lightning_metaopt.rules.lstm_tape import LSTMTape
 from lightning_metaopt.tree import Tree, expand_to
 
@@ -211,12 +211,13 @@ class CoordinatewiseLSTM(Rule):
         for begin in range(0, len(grad), self.chunk):
             part = slice(begin, begin + self.chunk)
             seen = self.features(grad[part], {slot: flat[slot][0, part] for slot in kept}, count)
-            stored = [flat[slot][:, part] for slot in slots]
-            held = [leaf.to(grad.dtype) for leaf in stored]
-            update[part], after, _ = lstm_forward(self, phi, layers, torch.stack(list(seen.features)), held, in_place=True)
+            x, held = torch.stack(list(seen.features)), [flat[slot][:, part] for slot in slots]
+            if not begin or len(x[0]) < self.chunk:
+                room = [(joint.take(), gates.take()) for joint, gates, _ in shelves_of(Room(), layers, x)]
+            update[part], after, _ = lstm_forward(self, phi, layers, x, held, room)
             for slot in kept:
                 flat[slot][0, part] = seen.memory[slot]
-            for old, value in zip(stored, after, strict=True):
+            for old, value in zip(held, after, strict=True):
                 if old.data_ptr() != value.data_ptr():
                     old.copy_(value)
         return update

@@ -16,9 +16,10 @@ from torch.autograd import forward_ad
 from lightning_metaopt.rule import Rule, under
 from lightning_metaopt.rules.lstm_cell import Gates, affine, cell_backward, cell_forward, unjoined
 from lightning_metaopt.rules.lstm_columns import Columns
+from lightning_metaopt.rules.lstm_room import Room, Shelf, Split
 from lightning_metaopt.tree import Tree
 
-__all__ = ["layer_names", "layers_of", "lstm_forward", "lstm_step"]
+__all__ = ["layer_names", "layers_of", "lstm_forward", "lstm_step", "shelves_of"]
 
 
 def lstm_step(rule: Any, x: Tensor, state: Sequence[Tensor], layout: Columns) -> tuple[Tensor, list[Tensor]]:
@@ -51,6 +52,16 @@ def layer_names(index: int) -> list[str]:
     return [f"cells.{index}.{part}" for part in ("weight_input", "weight_hidden", "bias")]
 
 
+def shelves_of(room: Room, layers: Sequence[Gates], like: Tensor) -> list[tuple[Shelf, Shelf, Shelf]]:
+    """For each layer's joint input, gates and cell states, of columns and a type like ``like``'s."""
+    found = []
+    for layer in layers:
+        size = layer.weight.shape[-2] // 4
+        joint = room.shelf(like, layer.weight.shape[-1] - size, size)
+        found.append((joint, room.shelf(like, size, size, size, size), room.shelf(like, size)))
+    return found
+
+
 def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value if value.dtype is dtype else value.to(dtype)  # a call that does nothing costs as much as one that does
 
@@ -61,19 +72,34 @@ def _slots(leaves: Sequence[Tensor], count: int) -> Iterator[Sequence[Tensor]]:
 
 
 def lstm_forward(
-    rule: Any, phi: Tree, layers: Sequence[Gates], x: Tensor, held: Sequence[Tensor], in_place: bool = False
+    rule: Any, phi: Tree, layers: Sequence[Gates], x: Tensor, held: Sequence[Tensor], room: Sequence[tuple[Split, Split]] = ()
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Updates, the new state's columns, and what derivatives need: the last layer's output and each layer's input and gates.
 
-    ``held`` is the old state's, hidden and cell by layer; with ``in_place`` the new one is where that was.
+    Args:
+        rule: what goes before the layers and comes after them.
+        phi: its meta-parameters.
+        layers: of :func:`layers_of`.
+        x: features.
+        held: the old state's columns, hidden and cell by layer.
+        room: for each layer where its joint input and its gates go. Then the new state is where the old one was, if that is of the
+            precision of ``x``.
     """
-    kept, after, below = [], [], rule.enter(phi, x)
+    kept, after, below = [], [], rule.enter(phi, x, room[0][0][1][0] if room else None)
     for index, layer in enumerate(layers):
-        old, cell = held[2 * index : 2 * index + 2]
-        joint = torch.cat([below, old], -2)
-        below, cell, gates = cell_forward(layer, joint, cell, hidden=old if in_place else None, out=cell if in_place else None)
+        old, cell = held[2 * index], _cast(held[2 * index + 1], x.dtype)
+        if room:
+            (joint, (top, bottom)), gates = room[index]
+            bottom.copy_(old)
+            if index:
+                top.copy_(below)
+            where = old if old.dtype is x.dtype else None
+            below, cell, whole = cell_forward(layer, joint, cell, gates=gates, hidden=where, out=cell)
+        else:
+            joint = torch.cat([below, _cast(old, x.dtype)], -2)
+            below, cell, whole = cell_forward(layer, joint, cell)
         after += [below, cell]
-        kept += [joint, gates]
+        kept += [joint, whole]
     out = rule.leave(affine(phi["out_bias"].unsqueeze(-1), phi["out_weight"], below))
     return (rule.factor(phi) * out).squeeze(-2), after, [out, *kept]
 
@@ -81,7 +107,7 @@ def lstm_forward(
 def _forward(
     rule: Any, phi: Tree, x: Tensor, state: Sequence[Tensor], layout: Columns
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    held = [_cast(layout.columns(slot), x.dtype) for slot in _slots(state, 2 * len(rule.cells))]
+    held = [layout.columns(slot) for slot in _slots(state, 2 * len(rule.cells))]
     update, after, kept = lstm_forward(rule, phi, layers_of(phi), x, held)
     leaves = [_cast(leaf, state[0].dtype) for slot in after for leaf in layout.leaves(slot)]
     return update, leaves, [*kept, *after]

@@ -16,7 +16,7 @@ from lightning_metaopt.rule import State, Tape
 from lightning_metaopt.rules.lstm_cell import affine, cell_backward, cell_forward, unjoined
 from lightning_metaopt.rules.lstm_columns import Columns
 from lightning_metaopt.rules.lstm_room import Split
-from lightning_metaopt.rules.lstm_step import layer_names, layers_of
+from lightning_metaopt.rules.lstm_step import layer_names, layers_of, shelves_of
 from lightning_metaopt.tree import Tree, detach, tree_map
 
 __all__ = ["LSTMTape"]
@@ -51,16 +51,11 @@ class LSTMTape(Tape):
         self.memory = {slot: tree for slot, tree in state.items() if slot not in (*self.slots, "step")}
         self.layout = Columns([leaf[:, 0].shape for leaf in state[self.slots[0]].values()], rule.replicas)
         held = [self.layout.columns(list(state[slot].values())) for slot in self.slots]
-        self.joints: list[Split] = []
-        self.cells: list[Split] = []
-        self.shelves = []
-        for layer, hidden, cell in zip(self.layers, held[::2], held[1::2], strict=True):
-            size = rule.hidden
-            blocks = [(layer.weight.shape[-1] - size, size), (size,) * 4, (size,)]
-            self.shelves.append([rule.room.shelf(cell, *rows) for rows in blocks])
-            self.joints.append(self.shelves[-1][0].take())
-            self.joints[-1][1][1].copy_(hidden)
-            self.cells.append((cell, ()))
+        self.shelves = shelves_of(rule.room, self.layers, held[0])
+        self.joints = [shelf.take() for shelf, _, _ in self.shelves]
+        for (_, (_, bottom)), hidden in zip(self.joints, held[::2], strict=True):
+            bottom.copy_(hidden)
+        self.cells: list[Split] = [(cell, ()) for cell in held[1::2]]
         self.tape: list[_Step] = []
         self.total: Tree = {}
         self.out_bias = self.phi["out_bias"].unsqueeze(-1)

@@ -67,7 +67,7 @@ class RNNprop(CoordinatewiseLSTM):
         beta2: float = 0.95,
         eps: float = 1e-8,
         bf16: bool = False,
-        chunk: int = 2560,
+        chunk: int = 3584,
         seed: int = 0,
     ) -> None:
         for what, value in (("beta1", beta1), ("beta2", beta2)):
