@@ -13,7 +13,8 @@ is one graph); and three replicas with 128 problems each at once. That all compu
 its own for each, the growth of peak memory from before the optimizer is made, for each parameter.
 
 CPU time of the process, one thread; within a turn each goes once, in an order that rotates; medians over turns, and medians of the
-ratios within a turn.
+ratios within a turn. The C library is told to keep memory that is freed: otherwise some rows pay for pages that other rows have
+given back to the system. ``--trim`` leaves it as it is.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from lightning_metaopt.rules import RNNprop, Stacked
 from lightning_metaopt.task import Task
 
 STEPS, PROBLEMS = 20, 128
+KEEP = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2**40)}
 
 
 class Plain(nn.Module):
@@ -249,9 +251,16 @@ def report_deployment(turns: int, counts: list[int]) -> None:
     for count, bf16 in kinds:
         low, middle, high = statistics.quantiles(times[count, bf16], n=4)
         command = [sys.executable, __file__, "--memory", str(count), *(["--bf16"] if bf16 else [])]
-        found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        usual = {name: value for name, value in os.environ.items() if name not in KEEP}
+        found = subprocess.run(command, check=True, capture_output=True, text=True, env=usual).stdout
         kind = "bfloat16" if bf16 else "float32"
         print(f"| {count:,} | {kind} | {middle:.3f} ({low:.3f} to {high:.3f}) | {float(found):.0f} |")
+
+
+def keep_memory() -> None:
+    """Begin anew with a C library that gives no memory back (glibc reads these variables when a process starts)."""
+    if KEEP.keys() - os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP)
 
 
 def main() -> None:
@@ -260,6 +269,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=25, help="turns that count")
     parser.add_argument("--problems", type=int, default=PROBLEMS, help="of a window; with 1 nothing is left but the cost of calls")
     parser.add_argument("--only", choices=["window", "deployment"], help="one of the two parts")
+    parser.add_argument("--trim", action="store_true", help="let the C library give memory back, as it does on its own")
     parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--bf16", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -268,6 +278,8 @@ def main() -> None:
     if args.memory:
         memory(args.memory, args.bf16)
         return
+    if not args.trim:
+        keep_memory()
     turns = 5 if args.quick else args.turns
     if args.only != "deployment":
         report_windows(turns, args.problems)

@@ -53,6 +53,7 @@ class Room:
         limit: how much each shelf may hold, in bytes.
         shelves: how many there may be; one more, and the oldest goes.
 
+    >>> import torch
     >>> shelf = Room().shelf(torch.zeros(2, 5), 1, 3)
     >>> whole, (top, bottom) = shelf.take()
     >>> whole.shape, bottom.shape
