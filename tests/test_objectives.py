@@ -7,9 +7,11 @@ from lightning_metaopt.objectives import (
     FinalLoss,
     Imitation,
     LogLoss,
+    LogMeanLoss,
     MeanLoss,
     MirrorBound,
     Objective,
+    PerReplica,
     SumLoss,
     ValidationLoss,
     resolve_objective,
@@ -82,7 +84,9 @@ def test_short_names():
     own = LogLoss(eps=1.0)
     assert resolve_objective(own) is own
     for bad in ("average", None, 3):
-        with pytest.raises(ValueError, match="choose one of final, sum, mean, log, validation, bound or pass an Objective"):
+        with pytest.raises(
+            ValueError, match="choose one of final, sum, mean, log, log-mean, validation, bound or pass an Objective"
+        ):
             resolve_objective(bad)
 
 
@@ -141,6 +145,26 @@ def test_the_mirror_bound_refuses_what_it_cannot_judge(window):
     with pytest.raises(ValueError, match="where it began"):
         MirrorBound()(rule, begin, lost, torch.zeros(4, 2))
     assert type(resolve_objective("bound")) is MirrorBound
+
+
+def test_the_logarithm_of_a_mean_is_one_of_each_group(window):
+    rule, begin, end, losses = window
+    every = torch.cat([losses, by_hand()[0][3:]])
+    found = LogMeanLoss()(rule, begin, end, losses)
+    torch.testing.assert_close(found, every.mean(1).log().mean().expand(2), rtol=1e-6, atol=0)
+    apart = LogMeanLoss(groups=2)(rule, begin, end, losses)
+    torch.testing.assert_close(apart, LogLoss()(rule, begin, end, losses))
+    for each in (PerReplica("log-mean", 2), PerReplica(LogMeanLoss(), 2), PerReplica(PerReplica("log-mean", 1).objective, 2)):
+        torch.testing.assert_close(each(rule, begin, end, losses), 2 * apart)
+    with pytest.raises(ValueError, match="2 problems do not split into 3 equal groups"):
+        LogMeanLoss(groups=3)(rule, begin, end, losses)
+    with pytest.raises(ValueError, match="groups"):
+        LogMeanLoss(groups=0)
+
+
+def test_imitation_hands_groups_on():
+    objective = Imitation(lmo.rules.GradientDescent(0.1), weight=2.0, objective="log-mean").grouped(3)
+    assert (objective.weight, objective.objective.groups) == (2.0, 3)
 
 
 class Bowl(Task):

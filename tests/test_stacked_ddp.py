@@ -60,7 +60,7 @@ def by_hand() -> dict[str, torch.Tensor]:
             grads.append(estimate.grads)
         with torch.no_grad():
             for name, value in rule.named_parameters():
-                value -= 0.01 * (grads[0][name] + grads[1][name]) / 2
+                value.sub_((grads[0][name] + grads[1][name]) / 2, alpha=0.01)
     return {name: value.detach() for name, value in rule.named_parameters()}
 
 

@@ -121,6 +121,7 @@ def cell_backward(
     slopes, (enter, forget, candidate, leave) = gates
     bounded = hidden / leave.clamp(min=torch.finfo(leave.dtype).tiny)  # tanh(c), 0 where the gate has no number but 0
     grad_cell = torch.addcmul(grad_cell, torch.addcmul(leave, bounded, hidden, value=-1), grad_hidden)
+    # For each gate s what arrives, times s, in the memory of something done with; and that times 1 - s, in the place of s.
     through = grad_hidden.mul_(hidden)
     torch.addcmul(through, through, leave, value=-1, out=leave)
     old = grad_cell * forget

@@ -92,8 +92,10 @@ LEARNED: dict[str, tuple[str | None, Adapt | None]] = {
     "M-L2O, second order (Eq. 5)": ("second-order", adapted),
     "M-L2O, aligned, not adapted": ("aligned", None),
     "M-L2O, aligned": ("aligned", adapted),
-    "random scaling, not adapted": ("scaled", None),
-    "random scaling, adapted (log)": ("scaled", partial(adapted, objective="log")),
+    "random scaling, log of means, not adapted": ("scaled", None),
+    "random scaling, log of means, adapted": ("scaled", partial(adapted, objective="log-mean")),
+    "random scaling, mean of logs, not adapted": ("scaled-logs", None),
+    "random scaling, mean of logs, adapted": ("scaled-logs", partial(adapted, objective="log")),
 }
 
 

@@ -38,6 +38,7 @@ HERE = Path(__file__).parent
 META_SEEDS = RUNS = (10, 11, 12, 13, 14)
 TEST, STEPS, WINDOW = 128, 1000, 20
 FIRST = partial(Unrolled, WINDOW, first_order=True)
+SCALED = partial(Lasso, log_scale=(0.0, math.log(200)))
 Problems = tuple[Task, Tree, Tree]
 
 # Inner steps of an episode, and how many windows of meta-training with them.
@@ -64,7 +65,8 @@ class Method:
 METHODS = {
     "transfer": Method(),
     "aligned": Method(lambda: Adapted(FIRST(), Adam(1e-3), 5, "start", True, family=Lasso(), every=25, advance="adapted")),
-    "scaled": Method(family=partial(Lasso, log_scale=(0.0, math.log(200))), objective="log"),
+    "scaled": Method(family=SCALED, objective="log-mean"),
+    "scaled-logs": Method(family=SCALED, objective="log"),
     "first-order": Method(lambda: Adapted(FIRST(), GradientDescent(1e-3), 1, "next", True)),
     "second-order": Method(lambda: Adapted(Unrolled(WINDOW), GradientDescent(1e-3), 1, "same")),
 }

@@ -8,7 +8,7 @@ import torch
 import lightning_metaopt as lmo
 from lightning_metaopt import rules, tasks
 from lightning_metaopt.episode import start, unroll
-from lightning_metaopt.objectives import PerReplica, SumLoss
+from lightning_metaopt.objectives import LogMeanLoss, PerReplica, SumLoss
 
 
 def kinds():
@@ -53,6 +53,16 @@ def test_each_is_trained_as_if_alone(name, replicas, family, first_order):
             assert value.requires_grad
             torch.testing.assert_close(value, expected, rtol=1e-8, atol=1e-11, msg=label)
         assert any(not torch.equal(*pair) for pair in zip(one.parameters(), before.parameters(), strict=True))
+
+
+def test_the_logarithm_of_a_mean_is_that_of_each_replicas_own():
+    replicas = [rules.RNNprop(hidden=3, scale=0.1, seed=seed).double() for seed in range(2)]
+    metagrad = lmo.Unrolled(4, first_order=True)
+    alone = [trained(copy.deepcopy(rule), tasks.Lasso(double=True), LogMeanLoss(), metagrad, 6, 3)[0] for rule in replicas]
+    family = tasks.Repeated(tasks.Lasso(double=True), 2)
+    stacked, _ = trained(rules.Stacked(replicas), family, PerReplica("log-mean", 2), metagrad, 6, 6)
+    for one, expected in zip(stacked.replicas(), alone, strict=True):
+        torch.testing.assert_close(dict(one.named_parameters()), dict(expected.named_parameters()), rtol=1e-8, atol=1e-11)
 
 
 def test_problems_of_their_own_are_dealt_out_in_parts():
