@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -21,6 +21,7 @@ from lightning_metaopt.held_out import HeldOut
 from lightning_metaopt.ledger import Cost, Ledger
 from lightning_metaopt.metagrads import Adapted, MetaGradient, Unrolled, surrogate_loss
 from lightning_metaopt.objectives import Objective, resolve_objective
+from lightning_metaopt.processes import gather, reduce
 from lightning_metaopt.rule import Rule
 from lightning_metaopt.task import TaskFamily
 from lightning_metaopt.task_loader import RunningEpisodes, TaskLoader
@@ -29,7 +30,6 @@ __all__ = ["MetaLearner"]
 
 FORMAT = 1
 KEY = "meta_learner"
-ReduceOp = Literal["mean", "sum"]
 ADAM = partial(torch.optim.Adam, lr=1e-2)
 
 
@@ -139,6 +139,13 @@ class MetaLearner(LightningModule):
     def adapt(self, family: TaskFamily, steps: int = 5, **options: Any) -> Adaptation:
         """:func:`~lightning_metaopt.adaptation.adapt` its rule to ``family``, with its meta-gradient (the inner one of an
         :class:`Adapted`) and its objective unless ``options`` name others. The learner's own rule stays as it is.
+
+        >>> import lightning_metaopt as lmo
+        >>> rule, family = lmo.rules.GradientDescent(lr=1e-3), lmo.tasks.LeastSquares(dim=3, rows=5)
+        >>> learner = lmo.MetaLearner(rule, family, lmo.Unrolled(5))
+        >>> found = learner.adapt(lmo.tasks.LeastSquares(dim=3, rows=5, mean=True), restart_every=2, lr=0.3)
+        >>> found.kept, found.after < found.before, found.rule.describe()["lr"] > rule.describe()["lr"]
+        (True, True, True)
         """
         metagrad = self.metagrad.inner if isinstance(self.metagrad, Adapted) else self.metagrad
         return adapt(self.rule, family, steps, **{"metagrad": metagrad, "objective": self.objective} | options)
@@ -246,7 +253,7 @@ class MetaLearner(LightningModule):
         checkpoint[KEY] = {
             "format": FORMAT,
             "drawn": self._drawn_from,
-            "episodes": self.episodes.state_dict(self._gather),
+            "episodes": self.episodes.state_dict(partial(gather, self.trainer)),
             "metagrad": self.metagrad.state_dict(),
             "validation_due": checks.validation_is_due(self.trainer) and not self.ledger.has("val_loss", self.global_step),
         }
@@ -257,18 +264,9 @@ class MetaLearner(LightningModule):
         self.metagrad.load_state_dict(state["metagrad"])
         self._validation_due = state["validation_due"]
 
-    def _gather(self, leaf: Tensor) -> Tensor:
-        gathered = self.trainer.strategy.all_gather(leaf.contiguous())
-        return gathered.flatten(0, 1) if self.trainer.world_size > 1 else leaf
-
-    def _reduce(self, value: Tensor, how: ReduceOp) -> Tensor:
-        reduced = self.trainer.strategy.reduce(value.clone(), reduce_op=how)
-        assert isinstance(reduced, Tensor)
-        return reduced
-
     def _evaluate(self, stream: str) -> float:
         value, self.ledger.val_curve = self.held_out.evaluate(
-            self.rule, stream, self.device, lambda sums: self._reduce(sums, "sum")
+            self.rule, stream, self.device, lambda sums: reduce(self.trainer, sums, "sum")
         )
         self.cost.gradient_evaluations += self.held_out.steps * self.val_tasks
         return value
@@ -288,7 +286,7 @@ class MetaLearner(LightningModule):
         row["cost/seconds"] = self.cost.seconds
         row["guard/restores"] = float(self.best.restores)
         if self._latest:
-            extra["meta_loss"] = float(self._reduce(self._latest["meta_loss"], "mean"))
+            extra["meta_loss"] = float(reduce(self.trainer, self._latest["meta_loss"], "mean"))
             extra["grad_norm"] = float(self._latest.get("grad_norm", math.nan))
         self.ledger.write(step, {**extra, **row})
         return row

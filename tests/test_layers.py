@@ -22,7 +22,7 @@ LEVELS = [
     {"episode"},
     {"objectives"},
     {"rules", "metagrads", "tasks", "models"},
-    {"analysis", "storage", "inplace", "guard", "checks", "ledger", "task_loader"},
+    {"analysis", "storage", "inplace", "guard", "checks", "ledger", "processes", "task_loader"},
     {"deployment", "held_out"},
     {"adaptation"},
     {"optimizer", "learner", "baselines", "online"},
