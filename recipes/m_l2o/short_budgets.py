@@ -1,6 +1,7 @@
 """In distribution and at short budgets: a meta-trained RNNprop with a learned output scale against tuned optimizers.
 
     python recipes/m_l2o/short_budgets.py [FOLDER]
+    python recipes/m_l2o/short_budgets.py [FOLDER] --choose     # the settings that the rule's was chosen from
 
 LASSO and quadratics of the training mixture, new problems. Every ordinary optimizer is tuned for each budget by itself: of twelve
 learning rates the best after so many steps on other problems. ISTA, and FISTA once more, know each problem's 1/L, as no other
@@ -9,7 +10,10 @@ method does. The rules are meta-trained on episodes of 100 steps.
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +32,9 @@ FAMILIES = {"LASSO": Lasso(), "quadratics": Lasso(penalty=0.0)}
 LEARNED = "RNNprop, learned output scale"
 FIXED = "RNNprop, 0.01 tanh, of lasso.py"
 METHOD = Method(objective="log", rule={"scale": 0.5, "learn_scale": True}, lr=3e-3, annealed=True)
-PROFILE = ((100, 6000),)
+WINDOWS = 6000
+# What ``--choose`` tries on the tuning seed, every combination.
+OBJECTIVES, LRS, LENGTHS = ("log", "sum"), (1e-3, 3e-3), (2000, 6000)
 # Curves of an optimizer on some problems by its learning rate, and the learning rates that are tried.
 TUNED: dict[str, tuple[Callable[[float, Problems], Tensor], list[float]]] = {
     f"{name}, tuned": (lambda rate, drawn, make=make: curve(make(rate), drawn, max(BUDGETS)), comparison.grid(0.003, 3.0))
@@ -40,10 +46,21 @@ def trained(folder: Path, seeds: Sequence[int]) -> list[Rule]:
     """The rules, from their files if they have been meta-trained before; all at once if not."""
     paths = [ml2o.rule_file(folder, "short-budgets", seed) for seed in seeds]
     if not all(path.exists() for path in paths):
-        ml2o.PROFILES["budgets"] = PROFILE
+        ml2o.PROFILES["budgets"] = ((100, WINDOWS),)
         for path, rule in zip(paths, ml2o.meta_train_together(METHOD, seeds, "budgets"), strict=True):
             lmo.save_rule(rule, path, {"recipe": "m_l2o/short_budgets", "seeds": list(seeds)})
     return [lmo.load_rule(path) for path in paths]
+
+
+def choose(folder: Path, seed: int = comparison.TUNING_SEED) -> list[str]:
+    """Every setting, meta-trained and run on the problems of the tuning seed: logarithms of mean losses after each budget."""
+    drawn, rows = problems(FAMILIES["LASSO"], seed), []
+    for objective, lr, windows in itertools.product(OBJECTIVES, LRS, LENGTHS):
+        ml2o.PROFILES["budgets"] = ((100, windows),)
+        rule = ml2o.meta_train(replace(METHOD, objective=objective, lr=lr), seed, "budgets")
+        rows.append([objective, lr, windows, *at_budgets(curve(rule, drawn, max(BUDGETS))).tolist()])
+        print(rows[-1], flush=True)
+    return ml2o.write(folder / "settings.csv", ["objective", "learning rate", "windows", *map(str, BUDGETS)], rows)
 
 
 def ordinary(family: Lasso, options: Any) -> dict[str, Tensor]:
@@ -73,7 +90,11 @@ def cells(values: Tensor) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> list[str]:
     """Run all and write tables and pictures."""
-    options = ml2o.arguments("Short budgets, in distribution", argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    only = "--choose" in arguments
+    options = ml2o.arguments("Short budgets, in distribution", [one for one in arguments if one != "--choose"])
+    if only:
+        return choose(options.folder)
     lines: list[str] = []
     for problem, family in FAMILIES.items():
         drawn = [problems(family, run) for run in options.runs]

@@ -234,3 +234,18 @@ def test_points_are_the_meta_seeds_around_the_interval_of_all(ml2o):
     assert container[0].get_ydata().tolist() == [3.5, 1.0]
     ends = container[1][1].get_ydata() - container[1][0].get_ydata()
     assert ends.tolist() == pytest.approx([2 * ml2o.Interval.of(values).both for values in figures])
+
+
+def test_the_settings_of_short_budgets_are_tried_on_the_tuning_seed(monkeypatch, comparison, tmp_path):
+    short = load_script("m_l2o/short_budgets.py")
+    for name, value in {"OBJECTIVES": ("log",), "LRS": (1e-3, 3e-2), "LENGTHS": (2, 4), "BUDGETS": (3, 20)}.items():
+        monkeypatch.setattr(short, name, value)
+    seen = []
+    monkeypatch.setattr(short, "problems", lambda family, seed: seen.append(seed) or comparison.problems(family, seed, 4))
+    lines = short.main([str(tmp_path), "--choose"])
+    assert seen == [comparison.TUNING_SEED]
+    rows = (tmp_path / "settings.csv").read_text().splitlines()
+    assert rows[0] == "objective,learning rate,windows,3,20"
+    assert [row.split(",")[:3] for row in rows[1:]] == [["log", lr, n] for lr in ("0.001", "0.03") for n in ("2", "4")]
+    assert len({row.split(",")[4] for row in rows[1:]}) == 4
+    assert len(lines) == 6
