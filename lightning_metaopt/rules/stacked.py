@@ -108,7 +108,6 @@ class Stacked(Rule):
         phi = self._phi()
         if not isinstance(kind, CoordinatewiseLSTM) or not kind.fits(state, phi):
             return None
-        self._check(state["step"])
         return LSTMTape(kind, phi, state, second, label=lambda name: f"values.{escape(name)}")
 
     def project_(self) -> None:

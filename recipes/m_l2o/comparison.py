@@ -217,7 +217,7 @@ def report(
 def draw_curves(path: Path, rows: Mapping[str, Tensor], title: str) -> None:
     """Mean logarithm of the loss over steps, with its 95 % interval over meta-seeds and runs together."""
     with axes_into(path, legend=False) as axes:
-        colors = cycle([*(f"C{number}" for number in range(10)), "k"])
+        colors = cycle([*(f"C{number}" for number in range(10)), "k", "navy", "gold"])
         dashes = cycle(["--", ":", "-.", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1))])
         for name, curves in rows.items():
             steps = curves.shape[2]

@@ -265,3 +265,29 @@ def test_a_loss_may_depend_on_part_of_a_step(part):
         with torch.no_grad():
             expected = (run(1e-5) - run(-1e-5)) / 2e-5
         torch.testing.assert_close(grad[index], expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gate_that_is_shut_lets_no_derivative_through(dtype):
+    rule = rules.RNNprop(hidden=3, scale=0.1).to(dtype)
+    with torch.no_grad():
+        rule.cells[0].bias[9:11] = -2000.0  # sigmoid: 0 in every precision
+    episode = lmo.episode.start(rule, lmo.tasks.Lasso(double=dtype is torch.float64).draw(0, 2))
+    for way in ({}, {"checkpoint": 4}):
+        grads = lmo.Unrolled(4, first_order=True, **way)(rule, episode, lmo.objectives.SumLoss()).grads
+        assert all(grad.isfinite().all() for grad in grads.values())
+        assert not grads["out_weight"][0, :2].any()
+        assert grads["out_weight"][0, 2] != 0
+        assert grads["cells.0.weight_input"].any()
+
+
+def test_derivatives_that_arrive_stay_as_they_are():
+    rule = perturbed(rules.RNNprop(hidden=3))
+    params, grads = {"w": torch.zeros(1, 5, dtype=torch.float64)}, {"w": torch.ones(1, 5, dtype=torch.float64)}
+    _, state = rule(grads, rule.init(params), params)
+    vectors = [torch.randn(state[slot]["w"].shape, dtype=torch.float64) for slot in ("hidden0", "cell0")]
+    before = [vector.clone() for vector in vectors]
+    outputs = [state["hidden0"]["w"], state["cell0"]["w"]]
+    first, again = (torch.autograd.grad(outputs, [rule.in_weight], vectors, retain_graph=True)[0] for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(vectors, before, strict=True))
+    assert torch.equal(first, again)
