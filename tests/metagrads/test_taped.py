@@ -94,6 +94,13 @@ def test_the_gradient_is_that_of_the_graph(kind, family, objective, first_order)
 
 
 @pytest.mark.parametrize("first_order", [True, False])
+def test_one_problem_whose_states_have_one_derivative_in_memory(first_order):
+    rule = rule_of("L2O")
+    episode = start(rule, tasks.Lasso(double=True).draw(0, 1))
+    same(*(lmo.Unrolled(4, first_order=first_order, checkpoint=c)(rule, episode, States()) for c in (None, 4)))
+
+
+@pytest.mark.parametrize("first_order", [True, False])
 def test_gradients_may_be_constants(first_order):
     rule = rule_of("RNNprop")
     episode = start(rule, Linear().draw(0, 2))
