@@ -94,6 +94,8 @@ LEARNED: dict[str, tuple[str | None, Adapt | None]] = {
     "M-L2O, aligned": ("aligned", adapted),
     "random scaling, log of means, not adapted": ("scaled", None),
     "random scaling, log of means, adapted": ("scaled", partial(adapted, objective="log-mean")),
+    "M-L2O, aligned, random scaling, log of means, not adapted": ("aligned-scaled", None),
+    "M-L2O, aligned, random scaling, log of means": ("aligned-scaled", partial(adapted, objective="log-mean")),
     "random scaling, mean of logs, not adapted": ("scaled-logs", None),
     "random scaling, mean of logs, adapted": ("scaled-logs", partial(adapted, objective="log")),
 }
@@ -217,7 +219,7 @@ def report(
 def draw_curves(path: Path, rows: Mapping[str, Tensor], title: str) -> None:
     """Mean logarithm of the loss over steps, with its 95 % interval over meta-seeds and runs together."""
     with axes_into(path, legend=False) as axes:
-        colors = cycle([*(f"C{number}" for number in range(10)), "k", "navy", "gold"])
+        colors = cycle([*(f"C{number}" for number in range(10)), "k", "navy", "gold", "lime", "tan"])
         dashes = cycle(["--", ":", "-.", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1))])
         for name, curves in rows.items():
             steps = curves.shape[2]

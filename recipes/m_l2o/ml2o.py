@@ -62,11 +62,17 @@ class Method:
     annealed: bool = False
 
 
+def aligned(family: Callable[[], TaskFamily]) -> Adapted:
+    """Nested over what happens at test time: five steps of Adam on the first windows of other problems."""
+    return Adapted(FIRST(), Adam(1e-3), 5, "start", True, family=family(), every=25, advance="adapted")
+
+
 METHODS = {
     "transfer": Method(),
-    "aligned": Method(lambda: Adapted(FIRST(), Adam(1e-3), 5, "start", True, family=Lasso(), every=25, advance="adapted")),
+    "aligned": Method(partial(aligned, Lasso)),
     "scaled": Method(family=SCALED, objective="log-mean"),
     "scaled-logs": Method(family=SCALED, objective="log"),
+    "aligned-scaled": Method(partial(aligned, SCALED), SCALED, "log-mean"),
     "first-order": Method(lambda: Adapted(FIRST(), GradientDescent(1e-3), 1, "next", True)),
     "second-order": Method(lambda: Adapted(Unrolled(WINDOW), GradientDescent(1e-3), 1, "same")),
 }

@@ -108,7 +108,7 @@ def test_tuning_takes_the_best_of_what_is_tried_and_never_a_runs_problems(compar
     assert comparison.TUNING_SEED not in ml2o.RUNS
 
 
-@pytest.mark.parametrize("name", ["transfer", "aligned", "scaled", "scaled-logs", "first-order", "second-order"])
+@pytest.mark.parametrize("name", ["transfer", "aligned", "scaled", "scaled-logs", "aligned-scaled", "first-order", "second-order"])
 def test_all_methods_meta_train_and_their_rules_come_back(ml2o, name, tmp_path, monkeypatch):
     monkeypatch.setitem(ml2o.PROFILES, "tiny", ((20, 1), (40, 2)))
     rule = ml2o.meta_train(ml2o.METHODS[name], 7, "tiny", tasks=2)
