@@ -94,6 +94,14 @@ class Stages(Callback):
             left -= windows
 
 
+class EveryTenEpisodes(Callback):
+    """Validation after ten episodes, as in the published code, however long they are: 50 windows at 100 steps, 1,500 at 3,000."""
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """An epoch is ten of the shortest episodes."""
+        trainer.check_val_every_n_epoch = pl_module.episodes.horizon // CURRICULUM[0]
+
+
 def meta_train(method: Method, seed: int, profile: str = "standard", tasks: int = 33) -> Rule:
     """A rule meta-trained with Adam, its seed that of the initial weights and of all problems."""
     return _fit(method, RNNprop(seed=seed, **method.rule), method.objective, seed, profile, tasks)
@@ -126,9 +134,9 @@ def _fit(method: Method, rule: Rule, objective: Objective | str, seed: int, prof
         seed=seed,
         guard_factor=None,
     )
-    lengths = lmo.Curriculum(CURRICULUM) if paper else Stages(stages)
+    lengths = [lmo.Curriculum(CURRICULUM), EveryTenEpisodes()] if paper else [Stages(stages)]
     quiet = {"enable_progress_bar": False, "accelerator": "cpu", "log_every_n_steps": 50}
-    return lmo.MetaLoop(max_epochs=10_000 if paper else 1, callbacks=[lengths], **quiet).fit(learner)
+    return lmo.MetaLoop(max_epochs=10_000 if paper else 1, callbacks=lengths, **quiet).fit(learner)
 
 
 def rule_file(folder: Path, name: str, seed: int) -> Path:
