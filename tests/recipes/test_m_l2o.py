@@ -249,3 +249,12 @@ def test_the_settings_of_short_budgets_are_tried_on_the_tuning_seed(monkeypatch,
     assert [row.split(",")[:3] for row in rows[1:]] == [["log", lr, n] for lr in ("0.001", "0.03") for n in ("2", "4")]
     assert len({row.split(",")[4] for row in rows[1:]}) == 4
     assert len(lines) == 6
+
+
+def test_the_published_schedule_validates_after_ten_episodes(ml2o):
+    trainer, learner = SimpleNamespace(check_val_every_n_epoch=1), SimpleNamespace(episodes=SimpleNamespace(horizon=100))
+    windows = []
+    for learner.episodes.horizon in ml2o.CURRICULUM:
+        ml2o.EveryTenEpisodes().on_train_epoch_start(trainer, learner)
+        windows.append(50 * trainer.check_val_every_n_epoch)
+    assert windows == [10 * horizon // ml2o.WINDOW for horizon in ml2o.CURRICULUM]
