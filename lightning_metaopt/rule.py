@@ -151,13 +151,13 @@ class Tape(ABC):
         """The rule's state after the last step."""
 
     @abstractmethod
-    def turn(self, state: State) -> None:
+    def begin_backward(self, state: State) -> None:
         """From here on back, with the derivatives of a number with respect to :attr:`state`; slots that it does not depend on are
         missing.
         """
 
     @abstractmethod
-    def back(self, updates: Tree) -> Tree:
+    def backward(self, updates: Tree) -> Tree:
         """Over the last S steps that are left, from derivatives with respect to their updates, leaves ``(S, B, *shape)``, to what
         they add, by way of gradients, to those with respect to the parameters before them: nothing in first order. In second
         order S is 1: what is added there belongs to the updates of the step before.
@@ -165,7 +165,7 @@ class Tape(ABC):
 
     @abstractmethod
     def grads(self) -> Tree:
-        """Derivatives with respect to phi, by name, of all steps that :meth:`back` went over."""
+        """Derivatives with respect to phi, by name, of all steps that :meth:`backward` went over."""
 
 
 def per_parameter(shapes: Mapping[str, Sequence[int]], fill: float | Callable[[tuple[int, ...]], Tensor]) -> nn.ParameterDict:

@@ -69,7 +69,9 @@ def taped_window(
     params, weights, total, *slots = ({name: next(reached) for name in tree} for tree in trees)
     with torch.no_grad(), full_precision(end.params):
         pairs = zip(end.state.items(), slots, strict=True)
-        tape.turn({slot: _filled(found, like) for (slot, like), found in pairs if any(grad is not None for grad in found.values())})
+        tape.begin_backward(
+            {slot: _filled(found, like) for (slot, like), found in pairs if any(grad is not None for grad in found.values())}
+        )
         _back(tape, recorder.gradients, _filled(params, end.params), _filled(weights, {"": losses})[""], second)
         own = tape.grads()
         total = {name: grad + own[name] if name in own else grad for name, grad in _filled(total, phi).items()}
@@ -79,10 +81,10 @@ def taped_window(
 def _back(tape: Tape, gradients: Sequence[Tree], params: Tree, weights: Tensor, second: bool) -> None:
     direct = {name: _weighted([grads[name] for grads in gradients], weights) for name in params}
     if not second:
-        tape.back({name: _later(direct[name], leaf) for name, leaf in params.items()})
+        tape.backward({name: _later(direct[name], leaf) for name, leaf in params.items()})
         return
     for index in reversed(range(len(gradients))):
-        through = tape.back(tree_map(lambda leaf: leaf.unsqueeze(0), params))
+        through = tape.backward(tree_map(lambda leaf: leaf.unsqueeze(0), params))
         params = {name: leaf + direct[name][index] for name, leaf in params.items()}
         for name, part in through.items():
             params[name].add_(part)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lightning_metaopt.rule import Rule, State
 from lightning_metaopt.rules.lstm_cell import LSTMLayer, affine, linear_map
 from lightning_metaopt.rules.lstm_columns import Columns
-from lightning_metaopt.rules.lstm_room import Room
-from lightning_metaopt.rules.lstm_step import layers_of, lstm_forward, lstm_step, shelves_of
+from lightning_metaopt.rules.lstm_pools import Pools
+from lightning_metaopt.rules.lstm_step import layers_of, lstm_forward, lstm_step, pools_of
 from lightning_metaopt.rules.lstm_tape import LSTMTape
 from lightning_metaopt.tree import Tree, expand_to
 
@@ -80,7 +80,7 @@ class CoordinatewiseLSTM(Rule):
         self.out_weight = linear_map(generator, 1, hidden)
         self.out_bias = nn.Parameter(torch.zeros(1))
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale))) if learn_scale else None
-        self.room = Room()
+        self.pools = Pools()
 
     @property
     def sizes(self) -> dict[str, int | float | bool]:
@@ -213,8 +213,8 @@ class CoordinatewiseLSTM(Rule):
             seen = self.features(grad[part], {slot: flat[slot][0, part] for slot in kept}, count)
             x, held = torch.stack(list(seen.features)), [flat[slot][:, part] for slot in slots]
             if not begin or len(x[0]) < self.chunk:
-                room = [(joint.take(), gates.take()) for joint, gates, _ in shelves_of(Room(), layers, x)]
-            update[part], after, _ = lstm_forward(self, phi, layers, x, held, room)
+                buffers = [(joint.take(), gates.take()) for joint, gates, _ in pools_of(Pools(), layers, x)]
+            update[part], after, _ = lstm_forward(self, phi, layers, x, held, buffers)
             for slot in kept:
                 flat[slot][0, part] = seen.memory[slot]
             for old, value in zip(held, after, strict=True):

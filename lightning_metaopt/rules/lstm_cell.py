@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_metaopt.rules.lstm_room import Split
+from lightning_metaopt.rules.lstm_pools import Split
 
 __all__ = ["Gates", "LSTMLayer", "affine", "cell_backward", "cell_forward", "linear_map", "unjoined"]
 

@@ -16,10 +16,10 @@ from torch.autograd import forward_ad
 from lightning_metaopt.rule import Rule, under
 from lightning_metaopt.rules.lstm_cell import Gates, affine, cell_backward, cell_forward, unjoined
 from lightning_metaopt.rules.lstm_columns import Columns
-from lightning_metaopt.rules.lstm_room import Room, Shelf, Split
+from lightning_metaopt.rules.lstm_pools import Pool, Pools, Split
 from lightning_metaopt.tree import Tree
 
-__all__ = ["layer_names", "layers_of", "lstm_forward", "lstm_step", "shelves_of"]
+__all__ = ["layer_names", "layers_of", "lstm_forward", "lstm_step", "pools_of"]
 
 
 def lstm_step(rule: Any, x: Tensor, state: Sequence[Tensor], layout: Columns) -> tuple[Tensor, list[Tensor]]:
@@ -52,13 +52,13 @@ def layer_names(index: int) -> list[str]:
     return [f"cells.{index}.{part}" for part in ("weight_input", "weight_hidden", "bias")]
 
 
-def shelves_of(room: Room, layers: Sequence[Gates], like: Tensor) -> list[tuple[Shelf, Shelf, Shelf]]:
+def pools_of(pools: Pools, layers: Sequence[Gates], like: Tensor) -> list[tuple[Pool, Pool, Pool]]:
     """For each layer's joint input, gates and cell states, of columns and a type like ``like``'s."""
     found = []
     for layer in layers:
         size = layer.weight.shape[-2] // 4
-        joint = room.shelf(like, layer.weight.shape[-1] - size, size)
-        found.append((joint, room.shelf(like, size, size, size, size), room.shelf(like, size)))
+        joint = pools.of(like, layer.weight.shape[-1] - size, size)
+        found.append((joint, pools.of(like, size, size, size, size), pools.of(like, size)))
     return found
 
 
@@ -72,7 +72,7 @@ def _slots(leaves: Sequence[Tensor], count: int) -> Iterator[Sequence[Tensor]]:
 
 
 def lstm_forward(
-    rule: Any, phi: Tree, layers: Sequence[Gates], x: Tensor, held: Sequence[Tensor], room: Sequence[tuple[Split, Split]] = ()
+    rule: Any, phi: Tree, layers: Sequence[Gates], x: Tensor, held: Sequence[Tensor], buffers: Sequence[tuple[Split, Split]] = ()
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Updates, the new state's columns, and what derivatives need: the last layer's output and each layer's input and gates.
 
@@ -82,14 +82,14 @@ def lstm_forward(
         layers: of :func:`layers_of`.
         x: features.
         held: the old state's columns, hidden and cell by layer.
-        room: for each layer where its joint input and its gates go. Then the new state is where the old one was, if that is of the
-            precision of ``x``.
+        buffers: for each layer where its joint input and its gates go. Then the new state is where the old one was, if that is
+            of the precision of ``x``.
     """
-    kept, after, below = [], [], rule.enter(phi, x, room[0][0][1][0] if room else None)
+    kept, after, below = [], [], rule.enter(phi, x, buffers[0][0][1][0] if buffers else None)
     for index, layer in enumerate(layers):
         old, cell = held[2 * index], _cast(held[2 * index + 1], x.dtype)
-        if room:
-            (joint, (top, bottom)), gates = room[index]
+        if buffers:
+            (joint, (top, bottom)), gates = buffers[index]
             bottom.copy_(old)
             if index:
                 top.copy_(below)

@@ -15,8 +15,8 @@ from torch import Tensor
 from lightning_metaopt.rule import State, Tape
 from lightning_metaopt.rules.lstm_cell import affine, cell_backward, cell_forward, unjoined
 from lightning_metaopt.rules.lstm_columns import Columns
-from lightning_metaopt.rules.lstm_room import Split
-from lightning_metaopt.rules.lstm_step import layer_names, layers_of, shelves_of
+from lightning_metaopt.rules.lstm_pools import Split
+from lightning_metaopt.rules.lstm_step import layer_names, layers_of, pools_of
 from lightning_metaopt.tree import Tree, detach, tree_map
 
 __all__ = ["LSTMTape"]
@@ -51,8 +51,8 @@ class LSTMTape(Tape):
         self.memory = {slot: tree for slot, tree in state.items() if slot not in (*self.slots, "step")}
         self.layout = Columns([leaf[:, 0].shape for leaf in state[self.slots[0]].values()], rule.replicas)
         held = [self.layout.columns(list(state[slot].values())) for slot in self.slots]
-        self.shelves = shelves_of(rule.room, self.layers, held[0])
-        self.joints = [shelf.take() for shelf, _, _ in self.shelves]
+        self.pools = pools_of(rule.pools, self.layers, held[0])
+        self.joints = [pool.take() for pool, _, _ in self.pools]
         for (_, (_, bottom)), hidden in zip(self.joints, held[::2], strict=True):
             bottom.copy_(hidden)
         self.cells: list[Split] = [(cell, ()) for cell in held[1::2]]
@@ -68,7 +68,7 @@ class LSTMTape(Tape):
         layers, below = [], None
         for index, layer in enumerate(self.layers):
             joint, cell = self.joints[index], self.cells[index]
-            coming, gates, after = (shelf.take() for shelf in self.shelves[index])
+            coming, gates, after = (pool.take() for pool in self.pools[index])
             if below is None:
                 self.rule.enter(self.phi, x, out=joint[1][0])
             else:
@@ -84,14 +84,14 @@ class LSTMTape(Tape):
 
     @property
     def state(self) -> State:
-        # copies: what comes from a shelf goes back there
+        # copies: what comes from a pool goes back there
         pairs = ((joint[1][1], cell[0]) for joint, cell in zip(self.joints, self.cells, strict=True))
         held = [part.clone() for pair in pairs for part in pair]
         names = list(self.count)
         found = {slot: dict(zip(names, self.layout.leaves(part), strict=True)) for slot, part in zip(self.slots, held, strict=True)}
         return self.memory | {"step": self.count} | found
 
-    def turn(self, state: State) -> None:
+    def begin_backward(self, state: State) -> None:
         arriving = []
         for slot, (cell, _) in zip(self.slots, (cell for cell in self.cells for _ in range(2)), strict=True):
             columns = self.layout.columns(list(state[slot].values())) if slot in state else None
@@ -100,7 +100,7 @@ class LSTMTape(Tape):
         self.remembered = {slot: state.get(slot) or tree_map(torch.zeros_like, tree) for slot, tree in self.memory.items()}
         self.sums = [(torch.zeros_like(layer.back), layer.bias.new_zeros(layer.bias.shape[:-1])) for layer in self.layers]
 
-    def back(self, updates: Tree) -> Tree:
+    def backward(self, updates: Tree) -> Tree:
         rows = self._output_back(self.layout.rows(list(updates.values())))
         for row in rows.unbind()[::-1]:
             params, grads, seen, x, layers, _ = self.tape.pop()
@@ -135,8 +135,8 @@ class LSTMTape(Tape):
             if index:
                 self.hidden[index - 1].add_(below)
             # nobody needs this step's gates and new states any more; the hidden one is in the next step's input
-            for shelf, split in zip(self.shelves[index], (self.joints[index], gates, self.cells[index]), strict=True):
-                shelf.give(split)
+            for pool, split in zip(self.pools[index], (self.joints[index], gates, self.cells[index]), strict=True):
+                pool.give(split)
             self.joints[index], self.cells[index] = joint, before
         grad_x: Tensor
         own, grad_x = self.rule.enter_backward(self.phi, x, joint[1][0], below, through)
@@ -169,8 +169,8 @@ class LSTMTape(Tape):
 
     def grads(self) -> Tree:
         found = dict(self.total)
-        for shelves, joint in zip(self.shelves, self.joints, strict=True):
-            shelves[0].give(joint)  # of the first step
+        for pools, joint in zip(self.pools, self.joints, strict=True):
+            pools[0].give(joint)  # of the first step
         for index, (weight, bias) in enumerate(self.sums):
             found |= dict(zip(layer_names(index), unjoined(weight, bias), strict=True))
         return {self.label(name): grad for name, grad in found.items()}

@@ -223,13 +223,15 @@ def student(freedom: float) -> float:
     return float(stats.t.ppf(0.975, freedom))
 
 
-def arguments(text: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """What all recipes are called with."""
+def arguments(text: str, argv: Sequence[str] | None = None, **flags: str) -> argparse.Namespace:
+    """What all recipes are called with, and further flags by name with their help."""
     parser = argparse.ArgumentParser(description=text)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("outputs/m_l2o"), help="where tables and pictures go")
     parser.add_argument("--rules", type=Path, default=HERE / "results" / "rules", help="folder with meta-trained rules")
     parser.add_argument("--runs", type=int, nargs="+", default=list(RUNS), help="seeds of test and adaptation problems")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(META_SEEDS), help="meta-seeds")
+    for name, about in flags.items():
+        parser.add_argument(f"--{name}", action="store_true", help=about)
     found = parser.parse_args(argv)
     found.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)

@@ -11,7 +11,6 @@ method does. The rules are meta-trained on episodes of 100 steps.
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -90,10 +89,8 @@ def cells(values: Tensor) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> list[str]:
     """Run all and write tables and pictures."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    only = "--choose" in arguments
-    options = ml2o.arguments("Short budgets, in distribution", [one for one in arguments if one != "--choose"])
-    if only:
+    options = ml2o.arguments("Short budgets, in distribution", argv, choose="run the settings that the rule's was chosen from")
+    if options.choose:
         return choose(options.folder)
     lines: list[str] = []
     for problem, family in FAMILIES.items():

@@ -7,15 +7,15 @@ from typing import Any, final
 
 from torch import Tensor
 
-__all__ = ["Room", "Shelf", "Split"]
+__all__ = ["Pool", "Pools", "Split"]
 
 Split = tuple[Tensor, Sequence[Tensor]]
 """A tensor and the blocks of rows that it consists of."""
 
 
 @final
-class Shelf:
-    """Tensors of one shape that nobody needs, for the next who does.
+class Pool:
+    """Buffers of one shape, for whoever needs one next.
 
     Args:
         like: of the type, on the device and with all sizes but that of the rows.
@@ -42,39 +42,39 @@ class Shelf:
 
 
 @final
-class Room:
-    """Shelves by shape.
+class Pools:
+    """Pools of buffers by shape.
 
     The activations of a window are freed at its end, and from a few megabytes on the system takes the memory back. To get it again
-    page by page costs a fifth of a window, to split it again a thirtieth. What a room holds is nothing: it is neither copied nor
+    page by page costs a fifth of a window, to split it again a thirtieth. What they hold is neither copied nor
     pickled.
 
     Args:
-        limit: how much each shelf may hold, in bytes.
-        shelves: how many there may be; one more, and the oldest goes.
+        limit: how much each pool may hold, in bytes.
+        pools: how many there may be; one more, and the oldest goes.
 
     >>> import torch
-    >>> shelf = Room().shelf(torch.zeros(2, 5), 1, 3)
-    >>> whole, (top, bottom) = shelf.take()
+    >>> pool = Pools().of(torch.zeros(2, 5), 1, 3)
+    >>> whole, (top, bottom) = pool.take()
     >>> whole.shape, bottom.shape
     (torch.Size([4, 5]), torch.Size([3, 5]))
     """
 
-    def __init__(self, limit: int = 2**26, shelves: int = 6) -> None:
-        self.limit, self.most = limit, shelves
-        self._shelves: dict[tuple[Any, ...], Shelf] = {}
+    def __init__(self, limit: int = 2**26, pools: int = 6) -> None:
+        self.limit, self.most = limit, pools
+        self._pools: dict[tuple[Any, ...], Pool] = {}
 
-    def shelf(self, like: Tensor, *rows: int) -> Shelf:
+    def of(self, like: Tensor, *rows: int) -> Pool:
         """For tensors with so many rows in each of their blocks, otherwise like ``like``."""
         key = rows, like.shape[:-2], like.shape[-1], like.dtype, like.device
-        found = self._shelves.pop(key, None) or Shelf(like, rows, self.limit)
-        self._shelves[key] = found  # the last one now
-        if len(self._shelves) > self.most:
-            del self._shelves[next(iter(self._shelves))]
+        found = self._pools.pop(key, None) or Pool(like, rows, self.limit)
+        self._pools[key] = found  # the last one now
+        if len(self._pools) > self.most:
+            del self._pools[next(iter(self._pools))]
         return found
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Room:
-        return Room(self.limit, self.most)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pools:
+        return Pools(self.limit, self.most)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Room, (self.limit, self.most)
+        return Pools, (self.limit, self.most)
