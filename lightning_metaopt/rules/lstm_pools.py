@@ -50,7 +50,7 @@ class Pools:
     pickled.
 
     Args:
-        limit: how much each pool may hold, in bytes.
+        limit: how much each pool may hold, in bytes; ``limit * pools`` is the most that a rule keeps between windows.
         pools: how many there may be; one more, and the oldest goes.
 
     >>> import torch

@@ -29,7 +29,7 @@ def test_no_more_is_held_than_the_limit():
     assert len(pool.free) == 2
 
 
-def test_the_shelf_that_was_not_used_for_longest_goes():
+def test_the_pool_that_was_not_used_for_longest_goes():
     buffers, like = Pools(pools=2), torch.zeros(1, 5)
     first = buffers.of(like, 1)
     buffers.of(like, 2)
